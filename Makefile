@@ -1,0 +1,37 @@
+# One virtual environment, made on first use; every target sets up what it needs.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: install quickstart test test-long lint typecheck clean
+
+install: $(STAMP)
+
+# torch is pinned by the constraints file: an open range would fetch gigabytes of CUDA libraries.
+$(STAMP): pyproject.toml setup.py .ci/constraints.txt startup/lm_eval_lora_ensemble.pth startup/lm_eval_lora_ensemble.start
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[dev]'
+	touch $@
+
+quickstart: install
+	$(BIN)/lora-ensemble quickstart --output quickstart
+
+test: install
+	$(BIN)/python -m pytest
+
+test-long: install
+	$(BIN)/python -m pytest -m 'long or not long'
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The folders tasks/ and train/ are sub-packages only once installed, so the check reads an installed copy.
+typecheck: install
+	rm -rf build
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/typecheck .
+	cd build/typecheck && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p lm_eval_lora_ensemble
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache quickstart

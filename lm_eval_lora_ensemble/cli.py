@@ -1,0 +1,60 @@
+"""The command ``lora-ensemble``: a table of verbs, each of which lives with its subject.
+
+A verb's module offers ``add_arguments(parser)`` and ``run(arguments) -> int``; it is imported only when
+its verb is given, so that ``lora-ensemble --help`` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from lm_eval_lora_ensemble.errors import EXIT_CODE, EnsembleError, one_line
+
+VERBS: dict[str, tuple[str, str]] = {
+    "quickstart": (
+        "lm_eval_lora_ensemble.quickstart.command",
+        "train and evaluate a small ensemble from nothing, in minutes",
+    ),
+    "train": ("lm_eval_lora_ensemble.train.command", "train the members of an ensemble from a recipe"),
+    "uncertainty": (
+        "lm_eval_lora_ensemble.uncertainty.command",
+        "compute the uncertainty battery from lm-eval's samples",
+    ),
+}
+
+
+def _parser(verb: str | None) -> argparse.ArgumentParser:
+    """Build the parser; only ``verb``'s own arguments are loaded."""
+    parser = argparse.ArgumentParser(
+        prog="lora-ensemble",
+        description="Train LoRA ensembles and judge their probabilities. "
+        "To evaluate one: lm_eval --model lora-ensemble --model_args adapters=FOLDER --tasks TASK",
+    )
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, (module, summary) in VERBS.items():
+        child = verbs.add_parser(name, help=summary, description=summary)
+        if name == verb:
+            importlib.import_module(module).add_arguments(child)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit status: 0, or 2 after one line that says what is wrong."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    verb = next((word for word in argv if word in VERBS), None)
+    arguments = _parser(verb).parse_args(argv)
+    try:
+        return int(importlib.import_module(VERBS[arguments.verb][0]).run(arguments))
+    except EnsembleError as error:
+        print(f"lora-ensemble: error: {one_line(error)}", file=sys.stderr)
+        return EXIT_CODE
+    except KeyboardInterrupt:
+        print("lora-ensemble: stopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

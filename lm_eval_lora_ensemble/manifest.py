@@ -1,0 +1,116 @@
+"""ensemble.json: what an ensemble folder says of itself, and the checksums that prove it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lm_eval_lora_ensemble.errors import EnsembleError
+
+FILE_NAME = "ensemble.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass
+class MemberEntry:
+    """One member of the manifest.
+
+    Attributes:
+        name: ``member_00``, …; unique.
+        folder: the member's final adapter, relative to the ensemble folder.
+        seed: seed of its initialisation, data order and dropout.
+        epochs: folder of each kept epoch's adapter by epoch (1, 2, …), relative to the ensemble folder.
+        files: sha256 of every adapter file by its path relative to the ensemble folder.
+        status: ``complete``, or what is missing.
+    """
+
+    name: str
+    folder: str
+    seed: int | None = None
+    epochs: dict[int, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    status: str = "complete"
+
+
+@dataclass
+class Manifest:
+    """The whole of ensemble.json."""
+
+    base_model: str
+    revision: str | None
+    members: list[MemberEntry]
+    recipe: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    status: str = "complete"
+    schema_version: int = SCHEMA_VERSION
+
+    def write(self, folder: Path) -> None:
+        """Write ``folder/ensemble.json``, replacing an older one in one step."""
+        write_json(folder / FILE_NAME, asdict(self))
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read and check the form of ``folder/ensemble.json``.
+
+        Raises:
+            EnsembleError: the file is absent, unreadable, of a newer schema, or lacks a key.
+        """
+        path = folder / FILE_NAME
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            version = raw.pop("schema_version")
+            if version != SCHEMA_VERSION:
+                raise EnsembleError(
+                    f"{path} has schema version {version}, this release reads {SCHEMA_VERSION}; "
+                    "use the release of lm-eval-lora-ensemble that wrote it"
+                )
+            entries = [
+                MemberEntry(**{**entry, "epochs": {int(k): v for k, v in entry.get("epochs", {}).items()}})
+                for entry in raw.pop("members")
+            ]
+            return cls(members=entries, **raw)
+        except EnsembleError:
+            raise
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise EnsembleError(
+                f"{path} is not a readable manifest ({type(error).__name__}: {error}); "
+                "train the ensemble again, or name the adapter folders instead"
+            ) from error
+
+
+def sha256(path: Path) -> str:
+    """Return the hexadecimal sha256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(stream)
+
+
+def _digest(stream: Any) -> str:
+    """Do what ``hashlib.file_digest`` does from Python 3.11 on."""
+    digest = hashlib.sha256()
+    while chunk := stream.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def checksums(folder: Path, relative_to: Path) -> dict[str, str]:
+    """Return the sha256 of every file directly in ``folder``, by its path relative to ``relative_to``."""
+    return {
+        path.relative_to(relative_to).as_posix(): sha256(path)
+        for path in sorted(folder.iterdir())
+        if path.is_file()
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON beside ``path``, flush it to the disk and rename it over: a reader sees old or new, never half."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with scratch.open("w", encoding="utf-8") as stream:
+        json.dump(value, stream, indent=2, ensure_ascii=False, sort_keys=False)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    scratch.replace(path)

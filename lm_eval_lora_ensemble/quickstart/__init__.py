@@ -1,0 +1,1 @@
+"""The five-minute demonstration: a real model, real questions, a real ensemble."""

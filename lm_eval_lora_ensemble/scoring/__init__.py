@@ -1,0 +1,1 @@
+"""Scoring requests with every member; knows no task."""

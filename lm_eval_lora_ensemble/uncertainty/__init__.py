@@ -1,0 +1,1 @@
+"""Uncertainty metrics: pure functions of arrays that know neither model nor task."""
