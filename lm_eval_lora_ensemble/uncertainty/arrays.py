@@ -1,0 +1,114 @@
+"""Array types, and the checks that every metric makes of what it is given.
+
+Throughout this package N is the number of members, D of documents, C of choices and R of bootstrap
+resamples. A ragged task (ARC has 3 to 5 choices) is one dense array of width C: the choices a document
+lacks come last, with loglikelihood −inf and so with probability exactly 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from lm_eval_lora_ensemble.errors import EnsembleError
+
+FloatArray: TypeAlias = npt.NDArray[np.float64]
+IntArray: TypeAlias = npt.NDArray[np.int64]
+BoolArray: TypeAlias = npt.NDArray[np.bool_]
+StringArray: TypeAlias = npt.NDArray[np.str_]
+
+SUM_TOLERANCE = 1e-6
+"""How far a document's probabilities may sum from 1: float32 softmax over a few choices stays within."""
+
+
+def as_float(values: npt.ArrayLike, name: str, ndim: int | None = None) -> FloatArray:
+    """Return ``values`` as float64.
+
+    Raises:
+        EnsembleError: not numeric, ragged, not of ``ndim`` dimensions, or without a document.
+    """
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise EnsembleError(f"{name} is not a rectangular array of numbers ({error})") from error
+    if ndim is not None and array.ndim != ndim:
+        raise EnsembleError(f"{name} has shape {array.shape}; {ndim} dimensions are needed")
+    if array.size == 0:
+        raise EnsembleError(f"{name} is empty (shape {array.shape}); there is no document to measure")
+    return array
+
+
+def as_probabilities(p: npt.ArrayLike, name: str = "p", ndim: int | None = None) -> FloatArray:
+    """Return ``p`` as float64 after checking that its last axis holds probabilities.
+
+    Raises:
+        EnsembleError: a NaN, a value outside [0, 1], a sum off 1 by more than 1e-6, or fewer than two
+            choices, for which every metric would be trivially perfect.
+    """
+    array = as_float(p, name, ndim)
+    if array.ndim == 0 or array.shape[-1] < 2:
+        raise EnsembleError(
+            f"{name} has shape {array.shape}; at least two choices are needed on the last axis"
+        )
+    if np.isnan(array).any():
+        raise EnsembleError(f"{name} has a NaN at index {first_index(np.isnan(array))}")
+    outside = (array < 0) | (array > 1 + SUM_TOLERANCE)
+    if outside.any():
+        index = first_index(outside)
+        raise EnsembleError(f"{name} has {array[index]:g} at index {index}; probabilities lie in [0, 1]")
+    total = array.sum(axis=-1)
+    wrong = np.abs(total - 1) > SUM_TOLERANCE
+    if wrong.any():
+        index = first_index(wrong)
+        raise EnsembleError(
+            f"{name} sums to {total[index]:.9g} at index {index}, not to 1; "
+            "normalise it with choice_probabilities"
+        )
+    return array
+
+
+def as_gold(gold: npt.ArrayLike, documents: int, counts: int | npt.ArrayLike) -> IntArray:
+    """Return the gold choices as integers after checking them.
+
+    Args:
+        gold: (D,), index of each document's correct choice.
+        documents: D.
+        counts: how many choices there are, one number or (D,).
+
+    Raises:
+        EnsembleError: not D integers, or a gold outside its document's choices.
+    """
+    array = np.asarray(gold)
+    if array.shape != (documents,):
+        raise EnsembleError(
+            f"gold has shape {array.shape}; one index for each of {documents} documents is needed"
+        )
+    if not np.issubdtype(array.dtype, np.integer):
+        raise EnsembleError(f"gold holds {array.dtype}, not the index of the correct choice")
+    outside = (array < 0) | (array >= np.asarray(counts))
+    if outside.any():
+        index = int(np.argmax(outside))
+        count = np.broadcast_to(np.asarray(counts), array.shape)[index]
+        raise EnsembleError(f"gold is {array[index]} at document {index}, which has choices 0 to {count - 1}")
+    return array.astype(np.int64, copy=False)
+
+
+def as_binary(values: npt.ArrayLike, name: str, documents: int) -> BoolArray:
+    """Return (D,) values that are all 0 or 1 as booleans.
+
+    Raises:
+        EnsembleError: another shape or another value.
+    """
+    array = np.asarray(values)
+    if array.shape != (documents,):
+        raise EnsembleError(f"{name} has shape {array.shape}; ({documents},) is needed")
+    if array.dtype != np.bool_ and not np.isin(array, (0, 1)).all():
+        raise EnsembleError(f"{name} must hold 0 and 1 only")
+    return array.astype(np.bool_, copy=False)
+
+
+def first_index(where: npt.NDArray[Any]) -> tuple[int, ...]:
+    """Return the index of the first true value."""
+    return tuple(int(i) for i in np.unravel_index(int(np.argmax(where)), where.shape))
