@@ -63,7 +63,7 @@ def choice_probabilities(loglikelihoods: npt.ArrayLike) -> FloatArray:
     return probabilities
 
 
-def other_class(loglikelihoods: npt.ArrayLike) -> FloatArray:
+def with_other_class(loglikelihoods: npt.ArrayLike) -> FloatArray:
     """Return the probabilities of the answer letters and, last, of everything else.
 
     ``p(c) = exp l(c)`` as it stands, not renormalised, and ``p(other) = 1 − Σ_c p(c)``: what the model
