@@ -1,0 +1,241 @@
+"""The lm-eval model ``lora-ensemble``: one base model, N LoRA adapters, one averaged likelihood."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from lm_eval_lora_ensemble import harness
+from lm_eval_lora_ensemble.errors import EnsembleError, install_excepthook
+from lm_eval_lora_ensemble.members import Ensemble, find_ensemble
+from lm_eval_lora_ensemble.mixture import AVERAGES, Average, EnsembleLoglikelihood
+from lm_eval_lora_ensemble.scoring.plain import Batch, score_plain
+from lm_eval_lora_ensemble.scoring.requests import Score, TokenRequest, truncate
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+# what TemplateLM hands over: ((context, continuation) or None, context tokens, continuation tokens)
+EncodedRequest = tuple[tuple[str, str] | None, list[int], list[int]]
+
+install_excepthook()
+
+
+class LoraEnsembleLM(HFLM):  # type: ignore[misc]
+    """An ensemble of LoRA adapters on one base model, as one lm-eval model.
+
+    Args:
+        pretrained: the base model; left out, it is read from the adapters.
+        adapters: an ensemble folder, a folder of adapters, one adapter, a Hub id, or a list of the last two
+            (a string may separate them by ``;``). Default ``./ensemble``.
+        members: use only the first so many members.
+        epoch: take this epoch's adapter of every member; 0 is the base model alone, the prior.
+        average: ``probability`` (log-mean-exp of the members' sequence loglikelihoods: the Bayesian model
+            average) or ``loglikelihood`` (their arithmetic mean: a log-opinion pool).
+        uncertainty_metrics: report the uncertainty metrics on every multiple-choice task of the run.
+        allow_base_mismatch: accept adapters that name another base model than ``pretrained``.
+        **kwargs: everything lm-eval's ``hf`` takes, except ``peft`` and ``delta``.
+
+    Raises:
+        EnsembleError: the members cannot be found or do not fit together, or an argument is wrong.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        adapters: str | Sequence[str] | None = None,
+        members: int | None = None,
+        epoch: int | None = None,
+        average: Average = "probability",
+        uncertainty_metrics: bool = True,
+        allow_base_mismatch: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        for refused in ("peft", "delta"):
+            if kwargs.get(refused):
+                raise EnsembleError(f"{refused}= does not go with lora-ensemble; name adapters with adapters=")
+        if average not in AVERAGES:
+            raise EnsembleError(f"average={average}: use one of {', '.join(AVERAGES)}")
+        for name, value in (("members", members), ("epoch", epoch)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+                raise EnsembleError(f"{name}={value}: give a whole number")
+        self.ensemble: Ensemble = find_ensemble(
+            adapters,
+            pretrained=pretrained,
+            members=members,
+            epoch=epoch,
+            allow_base_mismatch=allow_base_mismatch,
+        )
+        self.average: Average = average
+        if "revision" not in kwargs and self.ensemble.revision:
+            kwargs["revision"] = self.ensemble.revision
+        found = self.ensemble.members
+        super().__init__(
+            pretrained=self.ensemble.base_model, peft=str(found[0].folder) if found else None, **kwargs
+        )
+        harness.extend_tasks(enabled=bool(uncertainty_metrics))
+
+    @property
+    def n_members(self) -> int:
+        """Number of members that answer; the base model alone counts as one."""
+        return max(1, len(self.ensemble.members))
+
+    def _create_model(self, *args: Any, **kwargs: Any) -> None:
+        """Load base model and first adapter exactly as ``hf`` with ``peft=`` does, then the other adapters."""
+        super()._create_model(*args, **kwargs)
+        # PEFT calls the adapter it was loaded with "default"
+        self._adapter_names = ["default"] if self.ensemble.members else []
+        for i, member in enumerate(self.ensemble.members[1:], start=1):
+            name = f"member_{i}"
+            self._model.load_adapter(str(member.folder), adapter_name=name)
+            self._adapter_names.append(name)
+
+    def _activate(self, member: int) -> None:
+        """Let the model answer as ``member``."""
+        if len(self._adapter_names) > 1:
+            self._model.set_adapter(self._adapter_names[member])
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[EnsembleLoglikelihood, bool]]:
+        """Score every member on each (context, continuation).
+
+        Returns:
+            Per request the ensemble's loglikelihood, which carries the members', and whether the
+            continuation is the mixture's greedy choice.
+        """
+        self._encode_context.cache_clear()
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[EnsembleLoglikelihood]:
+        """Score whole strings: each member's windows are summed first, then the members averaged.
+
+        Windows are ``hf``'s own. Averaging last makes the result the loglikelihood of the whole string
+        under the mixture, not a product of per-window mixtures.
+        """
+        windows: list[EncodedRequest] = []
+        counts = []
+        for (string,) in (request.args for request in requests):
+            mine = [
+                (None, *make_disjoint_window(window))
+                for window in get_rolling_token_windows(
+                    token_list=self.tok_encode(string),
+                    prefix_token=self.prefix_token_id,
+                    max_seq_len=self.max_length,
+                    context_len=1,
+                )
+            ]
+            windows.extend(mine)
+            counts.append(len(mine))
+        scores = iter(self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm))
+        results = []
+        for request, count in zip(requests, counts, strict=True):
+            total = sum((next(scores)[0].members for _ in range(count)), np.zeros(self.n_members))
+            result = EnsembleLoglikelihood.average(total, self.average)
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, result)
+            results.append(result)
+        return results
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Generate with one member or the base model alone; an ensemble of several cannot yet.
+
+        Raises:
+            EnsembleError: the ensemble has more than one member.
+        """
+        if self.n_members > 1:
+            raise EnsembleError(
+                f"generate_until is not yet supported for ensembles ({self.n_members} members); run one member "
+                f"with --model hf --model_args pretrained={self.ensemble.base_model},"
+                f"peft={self.ensemble.members[0].folder}, or the base model with epoch=0"
+            )
+        texts: list[str] = super().generate_until(requests, disable_tqdm=disable_tqdm)
+        return texts
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Encode as lm-eval does, each distinct context once rather than once a choice."""
+        if self.backend != "causal":
+            pair: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
+            return pair
+        kept = context.rstrip()
+        length = len(self._encode_context(kept))
+        whole = self.tok_encode(context + continuation)
+        return whole[:length], whole[length:]
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019 - a few entries, cleared at each call of loglikelihood
+    def _encode_context(self, context: str) -> list[int]:
+        tokens: list[int] = self.tok_encode(context)
+        return tokens
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[EncodedRequest],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[tuple[EnsembleLoglikelihood, bool]]:
+        """Score encoded requests; each result reaches ``--use_cache`` as soon as it is there."""
+        results: list[tuple[EnsembleLoglikelihood, bool] | None] = [None] * len(requests)
+        bar = tqdm(
+            total=len(requests),
+            disable=disable_tqdm or self.rank != 0,
+            desc=f"Running loglikelihood requests × {self.n_members} members",
+        )
+        with bar, torch.inference_mode():
+            for i, score in self._scores(requests, override_bs):
+                value = EnsembleLoglikelihood.average(score.loglikelihoods, self.average)
+                results[i] = (value, score.is_greedy)
+                texts = requests[i][0]
+                if texts is not None:
+                    self.cache_hook.add_partial("loglikelihood", texts, results[i])
+                bar.update()
+        missing = results.count(None)
+        if missing:
+            raise RuntimeError(f"{missing} of {len(requests)} requests were not scored")
+        return [result for result in results if result is not None]
+
+    def _scores(
+        self, requests: Sequence[EncodedRequest], override_bs: int | None
+    ) -> Iterator[tuple[int, Score]]:
+        batch_size = self.batch_size if self.batch_size != "auto" else override_bs
+        yield from score_plain(
+            [self._token_request(context, continuation) for _, context, continuation in requests],
+            self._forward_plain,
+            n_members=self.n_members,
+            batch_size=batch_size or self._detect_batch_size(),
+            device=self.device,
+            encoder_decoder=self.backend == "seq2seq",
+        )
+
+    def _token_request(self, context: list[int], continuation: list[int]) -> TokenRequest:
+        if self.backend == "causal":
+            return truncate(context, continuation, self.max_length)
+        return TokenRequest(tuple(context[-self.max_length :]), tuple(continuation[-self.max_length :]))
+
+    def _forward_plain(self, member: int, batch: Batch) -> torch.Tensor:
+        self._activate(member)
+        logits: torch.Tensor = self._model_call(batch.inputs, batch.encoder_mask, batch.labels)
+        return logits
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Add members, seeds, epoch and fingerprint to what lm-eval writes into its results file."""
+        info: dict[str, Any] = super().get_model_info()
+        info.pop("peft_sha", None)  # of the first member only, and asked of the Hub
+        info["lora_ensemble"] = {
+            "base_model": self.ensemble.base_model,
+            "epoch": self.ensemble.epoch,
+            "average": self.average,
+            "fingerprint": self.ensemble.fingerprint,
+            "members": [
+                {"name": m.name, "folder": str(m.folder), "seed": m.seed, "sha256": m.sha256}
+                for m in self.ensemble.members
+            ],
+        }
+        return info

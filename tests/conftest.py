@@ -1,0 +1,103 @@
+"""Shared fixtures: tiny models with a real tokenizer and real adapters, all made here, no download."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import peft  # noqa: E402 - the environment must be set first
+import tokenizers  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+PROJECT = Path(__file__).resolve().parents[1]
+HUB = PROJECT.parent / "shared" / "hub"
+
+needs_hub = pytest.mark.skipif(not HUB.is_dir(), reason=f"real benchmark rows are not at {HUB}")
+
+
+def tiny_tokenizer(folder: Path) -> None:
+    """Train a byte-level BPE tokenizer on this project's own prose."""
+    text = [path.read_text(encoding="utf-8") for path in PROJECT.glob("lm_eval_lora_ensemble/**/*.py")]
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train_from_iterator(text, vocab_size=600, special_tokens=["<|endoftext|>"])
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>"
+    )
+    fast.save_pretrained(folder)
+
+
+def tiny_model(folder: Path, architecture: str, **overrides: object) -> Path:
+    """Save a random causal model of a few thousand parameters with the tokenizer above."""
+    settings: dict[str, object] = {
+        "vocab_size": 600,
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "tie_word_embeddings": False,
+        **overrides,
+    }
+    config = {"llama": transformers.LlamaConfig, "mistral": transformers.MistralConfig}[architecture](**settings)
+    torch.manual_seed(7)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():  # wider than the default initialisation: peaked, well separated distributions
+        for parameter in model.parameters():
+            parameter.mul_(3.0)
+    model.save_pretrained(folder)
+    tiny_tokenizer(folder)
+    return folder
+
+
+def random_adapters(
+    base: Path, folder: Path, n_members: int, *, spread: float = 0.3, **lora: object
+) -> Path:
+    """Save ``n_members`` LoRA adapters with random, non-zero A and B."""
+    settings: dict[str, object] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], **lora}
+    for member in range(n_members):
+        torch.manual_seed(100 + member)
+        model = transformers.AutoModelForCausalLM.from_pretrained(base)
+        adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if "lora_" in name:
+                    parameter.normal_(std=spread)
+        adapted.save_pretrained(folder / f"member_{member:02d}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("base") / "tiny-llama", "llama")
+
+
+@pytest.fixture(scope="session")
+def mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("base") / "tiny-mistral", "mistral", sliding_window=None)
+
+
+@pytest.fixture(scope="session")
+def ensemble(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of three adapters on the tiny Llama."""
+    return random_adapters(llama, tmp_path_factory.mktemp("ensemble") / "three", 3)
+
+
+@pytest.fixture
+def edit_json() -> Callable[..., None]:
+    """Change keys of a JSON file in place."""
+
+    def edit(path: Path, **changes: object) -> None:
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return edit
