@@ -228,3 +228,48 @@ def reliability_table(
         edges = float(binned.edges[b]), float(binned.edges[b + 1])
         rows.append(ReliabilityRow(*edges, int(n), mean, accuracy, low, high))
     return rows
+
+
+def maximum_calibration_error(
+    confidence: npt.ArrayLike, correct: npt.ArrayLike, bins: int = DEFAULT_BINS, *, binning: Binning = "width"
+) -> float:
+    """Return MCE ``= max_b |acc_b − conf_b|`` over the bins that hold a document (Naeini et al. 2015).
+
+    Arguments and errors as :func:`expected_calibration_error`; torchmetrics' ``norm='max'``.
+
+    Returns:
+        In [0, 1], lower is better. One document in a bin can set it: read it with the reliability table.
+    """
+    return float(CalibrationBins(confidence, correct, bins, binning).sums().largest()[0])
+
+
+def debiased_squared_calibration_error(
+    confidence: npt.ArrayLike, correct: npt.ArrayLike, bins: int = DEFAULT_BINS, *, binning: Binning = "width"
+) -> float:
+    """Return the squared calibration error less its plug-in bias (Bröcker 2012; Kumar et al. 2019).
+
+    ``Σ_b (n_b/n) [(acc_b − conf_b)² − acc_b (1 − acc_b)/(n_b − 1)]``: the second term estimates the variance
+    of acc_b, which the square of a sample mean contains. A bin with one document has no such estimate and
+    adds 0.
+
+    Arguments and errors as :func:`expected_calibration_error`.
+
+    Returns:
+        In [−0.25, 1], lower is better. Negative means: not distinguishable from calibrated. It is left
+        squared and signed, since taking a root would need it clamped and so biased again.
+    """
+    return float(CalibrationBins(confidence, correct, bins, binning).sums().squared_debiased()[0])
+
+
+def confidence_gap(confidence: npt.ArrayLike, correct: npt.ArrayLike) -> float:
+    """Return mean confidence minus accuracy.
+
+    Returns:
+        In [−1, 1]: positive for an over-confident model, negative for an under-confident one. ECE is never
+        less than its size.
+
+    Raises:
+        EnsembleError: as :func:`expected_calibration_error`.
+    """
+    c, right = _checked(confidence, correct)
+    return float(c.mean() - right.mean())
