@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -104,12 +105,19 @@ class Battery:
     Args:
         predictions: with gold answers.
         bins: of every binned calibration error.
+        families: which metrics to compute; without ``selection`` nothing is ranked, which is the dear part.
 
     Raises:
         EnsembleError: the gold answers are unknown, ``bins`` < 1.
     """
 
-    def __init__(self, predictions: Predictions, bins: int = DEFAULT_BINS) -> None:
+    def __init__(
+        self,
+        predictions: Predictions,
+        bins: int = DEFAULT_BINS,
+        families: Collection[str] = ("calibration", "information", "selection"),
+    ) -> None:
+        self._reported = [name for name, metric in METRICS.items() if metric.family in families]
         gold = predictions.require_gold()
         correct, confidence = predictions.correct, predictions.confidence
         means = _document_means(predictions)
@@ -118,7 +126,7 @@ class Battery:
         self._bins = CalibrationBins(confidence, correct, bins)
         self._mass_bins = CalibrationBins(confidence, correct, bins, "mass")
         self._classes = ClasswiseBins(predictions.mixture, gold, bins, predictions.counts)
-        scores = uncertainty_scores(predictions)
+        scores = uncertainty_scores(predictions) if "selection" in families else {}
         self._rankings = {name: Ranking(scores[name], ~correct) for name in _SCORES if name in scores}
 
     def __call__(self, weights: FloatArray) -> dict[str, FloatArray]:
@@ -129,7 +137,7 @@ class Battery:
         values.update(self._calibration(weights, values))
         for name in _SCORES:
             values.update(self._selection(name, weights))
-        return {name: values[name] for name in METRICS}
+        return {name: values[name] for name in self._reported}
 
     def _calibration(self, weights: FloatArray, means: dict[str, FloatArray]) -> dict[str, FloatArray]:
         sums = self._bins.sums(weights)

@@ -34,7 +34,8 @@ def nonconformity(
     * ``thr``: ``1 − p̄(c)`` (Sadinle, Lei & Wasserman 2019).
     * ``aps``: ``Σ_{c' before c} p̄(c') + U p̄(c)`` in descending order of probability, U uniform on [0, 1]
       and common to a document's choices (Romano, Sesia & Candès 2020).
-    * ``raps``: ``aps`` plus ``penalty · max(0, rank(c) − free_ranks)``, ranks from 1 (Angelopoulos et al. 2021).
+    * ``raps``: ``aps`` plus ``penalty · max(0, rank(c) − free_ranks)``, ranks from 1
+      (Angelopoulos et al. 2021).
 
     Args:
         predictions: (N, D, C).
@@ -106,7 +107,7 @@ class ConformalSets:
 
     @property
     def coverage(self) -> float:
-        """Share of documents whose set holds the gold choice; expected between 1 − α and 1 − α + 1/(n + 1)."""
+        """Share of documents whose set holds the gold choice; 1 − α to 1 − α + 1/(n + 1) in expectation."""
         return float(self.covered.mean())
 
     @property

@@ -90,7 +90,8 @@ def _check(log_p: FloatArray, gold: IntArray) -> None:
     impossible = np.isneginf(log_p[np.arange(len(gold)), gold])
     if impossible.any():
         raise EnsembleError(
-            f"the gold answer of document {int(np.argmax(impossible))} has probability 0: no temperature mends that"
+            f"the gold answer of document {int(np.argmax(impossible))} has probability 0: "
+            "no temperature mends that"
         )
 
 
