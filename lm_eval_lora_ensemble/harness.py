@@ -94,7 +94,7 @@ def document_metrics(
     Raises:
         EnsembleError: a score is not finite, or gold is outside the choices.
     """
-    to_probabilities = choices.other_class if other_class else choices.choice_probabilities
+    to_probabilities = choices.with_other_class if other_class else choices.choice_probabilities
     probabilities = to_probabilities(loglikelihoods)
     members = probabilities[:, None, :]  # (N, D=1, C)
     mixture = members.mean(axis=0)
