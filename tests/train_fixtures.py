@@ -1,0 +1,94 @@
+"""A tiny language model, its tokenizer and a small lm-eval task, made in the test's own folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+COLOURS = ["red", "green", "blue", "yellow", "dark orange", "light grey"]
+THINGS = ["apple", "leaf", "sky", "sun", "carrot", "stone", "river", "old wooden boat", "cloud", "lamp"]
+
+
+def documents(count: int, offset: int = 0) -> list[dict[str, Any]]:
+    """Questions of different lengths with choices of different lengths and numbers."""
+    docs = []
+    for i in range(offset, offset + count):
+        thing = THINGS[i % len(THINGS)]
+        choices = [COLOURS[(i + j) % len(COLOURS)] for j in range(3 + i % 3)]
+        question = f"What colour is the {thing}" + " over there" * (i % 4) + "?"
+        docs.append({"question": question, "choices": choices, "gold": i % len(choices)})
+    return docs
+
+
+def make_task(
+    folder: Path, name: str = "tiny_colours", train: int = 44, validation: int = 12, **config: Any
+) -> Path:
+    """Write a multiple-choice task over local JSON and return the folder to include."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {}
+    for split, (count, offset) in {"train": (train, 0), "validation": (validation, 1000)}.items():
+        if count:
+            path = folder / f"{name}_{split}.jsonl"
+            path.write_text("".join(json.dumps(doc) + "\n" for doc in documents(count, offset)))
+            files[split] = str(path)
+    task = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": files},
+        "output_type": "multiple_choice",
+        "training_split": "train" if train else None,
+        "validation_split": "validation" if validation else None,
+        "test_split": "validation" if validation else "train",
+        "doc_to_text": "Question: {{question}}\nAnswer:",
+        "doc_to_choice": "choices",
+        "doc_to_target": "gold",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump({**task, **config}))
+    return folder
+
+
+def make_model(folder: Path, kind: str = "llama", seed: int = 0, **config: Any) -> Path:
+    """Write a random two-layer model and a byte-level BPE tokenizer trained on the task's words."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([json.dumps(doc) for doc in documents(60)], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(folder)
+    torch.manual_seed(seed)
+    sizes = {
+        "vocab_size": len(fast),
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "tie_word_embeddings": True,
+        **config,
+    }
+    classes = {"llama": (LlamaConfig, LlamaForCausalLM), "mistral": (MistralConfig, MistralForCausalLM)}
+    config_class, model_class = classes[kind]
+    model_class(config_class(**sizes)).save_pretrained(folder)
+    return folder

@@ -1,0 +1,83 @@
+"""How good the members and the ensemble are after each epoch, on documents no member trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from lm_eval_lora_ensemble.train.engine import Engine
+from lm_eval_lora_ensemble.train.examples import Example
+from lm_eval_lora_ensemble.train.layout import Layout, tree_saves
+from lm_eval_lora_ensemble.train.order import round_up
+
+FloatArray = npt.NDArray[np.float64]
+
+
+class Validation:
+    """A validation set and its measures.
+
+    Args:
+        examples: the documents.
+        batch_size: documents a forward pass, for each member.
+        use_tree: whether the model takes tree rows.
+    """
+
+    def __init__(self, examples: Sequence[Example], batch_size: int, *, use_tree: bool) -> None:
+        self.layout = Layout(examples, gold_only=False, use_tree=use_tree and tree_saves(examples) > 1)
+        self.batch_size = batch_size
+        self.is_gold = np.zeros((len(examples), self.layout.choices), dtype=bool)
+        for d, example in enumerate(examples):
+            self.is_gold[d, list(example.gold)] = True
+
+    def loglikelihoods(self, engine: Engine, members: Sequence[str]) -> FloatArray:
+        """Return the members' loglikelihood of every choice [N, D, C] in nats; −inf where a choice is lacking."""
+        lengths = np.asarray(self.layout.lengths())
+        order = np.argsort(-lengths, kind="stable")
+        result = np.full((len(members), *self.is_gold.shape), -np.inf)
+        for i in range(0, len(order), self.batch_size):
+            documents = order[i : i + self.batch_size]
+            length = round_up(int(lengths[documents].max()))
+            result[:, documents] = engine.loglikelihoods(
+                self.layout, [int(d) for d in documents], length, members
+            )
+        return result
+
+    def measures(self, lls: FloatArray) -> dict[str, float]:
+        """Return acc, nll and ece of one distribution over choices.
+
+        Args:
+            lls: [D, C] loglikelihoods of one member.
+        """
+        from lm_eval_lora_ensemble.uncertainty.choices import choice_probabilities
+
+        return self._measures(lls, choice_probabilities(lls))
+
+    def ensemble_measures(self, lls: FloatArray) -> dict[str, float]:
+        """Return acc, nll, ece, predictive entropy and mutual information of the ensemble.
+
+        Args:
+            lls: [N, D, C] loglikelihoods of the members.
+        """
+        from lm_eval_lora_ensemble.uncertainty.choices import choice_probabilities, ensemble_probabilities
+        from lm_eval_lora_ensemble.uncertainty.information import mutual_information, predictive_entropy
+
+        p = choice_probabilities(lls)
+        mixture = np.logaddexp.reduce(lls, axis=0)
+        return self._measures(mixture, ensemble_probabilities(p)) | {
+            "predictive_entropy": float(predictive_entropy(p).mean()),
+            "mutual_information": float(mutual_information(p).mean()),
+        }
+
+    def _measures(self, lls: FloatArray, p: FloatArray) -> dict[str, float]:
+        """Return acc by argmax of the loglikelihoods (lm-eval's), nll and ece by the probabilities."""
+        from lm_eval_lora_ensemble.uncertainty.calibration import expected_calibration_error
+
+        documents = np.arange(len(p))
+        correct = self.is_gold[documents, p.argmax(-1)]
+        return {
+            "acc": float(self.is_gold[documents, lls.argmax(-1)].mean()),
+            "nll": float(-np.log((p * self.is_gold).sum(-1)).mean()),
+            "ece": float(expected_calibration_error(p.max(-1), correct)),
+        }
