@@ -107,7 +107,7 @@ def load_initial(model: Any, name: str, folder: Path) -> None:
         )
     except (RuntimeError, OSError, KeyError) as error:
         raise EnsembleError(
-            f"initial adapter {folder} does not fit the recipe ({str(error).strip().splitlines()[-1].strip()}); "
+            f"initial adapter {folder} does not fit the recipe: {str(error).strip().splitlines()[-1].strip()}; "
             "give it the rank and target modules of that adapter"
         ) from error
     missing = [key for key in result.missing_keys if "lora_" in key and f".{name}." in key]

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_lora_ensemble.errors import EnsembleError
+from lm_eval_lora_ensemble.precision import fast_dtype
 
 if TYPE_CHECKING:
     import torch
-
     from lm_eval_lora_ensemble.train.recipe import Recipe
 
 
@@ -83,7 +83,7 @@ def load(recipe: Recipe, device: torch.device) -> Base:
 
     name = resolve_name(recipe.base_model)
     options: dict[str, Any] = {"revision": recipe.revision or "main"}
-    options["dtype"] = "auto" if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    options["dtype"] = fast_dtype(device) if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     if recipe.quantization != "none":
         options |= _quantization(recipe.quantization, options["dtype"], device)
     try:
@@ -111,16 +111,14 @@ def _quantization(bits: str, dtype: Any, device: torch.device) -> dict[str, Any]
         raise EnsembleError(
             f"quantization={bits} needs bitsandbytes; `pip install bitsandbytes`, or quantization=none"
         )
-    import torch
     from transformers import BitsAndBytesConfig
 
-    compute = torch.bfloat16 if dtype == "auto" else dtype
     config = (
         BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=compute,
+            bnb_4bit_compute_dtype=dtype,
         )
         if bits == "4bit"
         else BitsAndBytesConfig(load_in_8bit=True)

@@ -19,7 +19,7 @@ tags:
 
 # {name} of {members}
 
-A LoRA adapter on `{base}`, one of {members} members of an ensemble. On its own it is an ordinary PEFT adapter:
+A LoRA adapter on `{base}`, one of {members} members of an ensemble. Alone it is an ordinary PEFT adapter:
 
 ```python
 from peft import PeftModel
@@ -42,7 +42,7 @@ The base model's licence and limits apply. The member has not been evaluated bey
 """
 
 
-def model_card(recipe: Recipe, base: str, name: str, seed: int, epochs: int, steps: int) -> str:
+def model_card(recipe: Recipe, base: str, name: str, *, seed: int, epochs: int, steps: int) -> str:
     """Return the model card of one member.
 
     Args:
@@ -76,10 +76,11 @@ def model_card(recipe: Recipe, base: str, name: str, seed: int, epochs: int, ste
 
 def library_versions() -> dict[str, str]:
     """Return the versions of the libraries that decide a member's weights."""
-    versions = {}
-    for library in _LIBRARIES:
-        try:
-            versions[library] = version(library)
-        except PackageNotFoundError:
-            continue
-    return versions
+    return {library: found for library in _LIBRARIES if (found := _version(library))}
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None

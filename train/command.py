@@ -24,8 +24,8 @@ def run(arguments: argparse.Namespace) -> int:
     from lm_eval_lora_ensemble.train.trainer import train_members
 
     folder = train_members(recipe)
-    print(f"Trained {recipe.members} members in {folder}")
-    print(
-        f"Evaluate: lm_eval --model lora-ensemble --model_args adapters={folder} --tasks {','.join(recipe.task)}"
+    evaluation = (
+        f"lm_eval --model lora-ensemble --model_args adapters={folder} --tasks {','.join(recipe.task)}"
     )
+    print(f"Trained {recipe.members} members in {folder}\nEvaluate them: {evaluation}")
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +37,7 @@ class MemberOptimiser:
         )
 
     def step(self, step: int) -> float:
-        """Clip, update with the rate of ``step`` (counted from 0), and return the gradient's norm before clipping."""
+        """Clip, update with the rate of ``step`` (from 0), and return the gradient's norm before clipping."""
         clip = self.recipe.gradient_clip
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, math.inf if clip is None else clip)
         for group in self.adamw.param_groups:
@@ -67,7 +67,7 @@ class MemberOptimiser:
 
 
 def learning_rate(recipe: Recipe, step: int, total_steps: int) -> float:
-    """Return the learning rate of optimiser step ``step`` (from 0): linear warm-up, then the schedule to 0."""
+    """Return the learning rate of step ``step`` (from 0): linear warm-up, then the schedule down to 0."""
     if step < recipe.warmup_steps:
         return recipe.learning_rate * (step + 1) / (recipe.warmup_steps + 1)
     done = (step - recipe.warmup_steps) / max(1, total_steps - recipe.warmup_steps)
@@ -87,6 +87,18 @@ def check_finite(losses: dict[str, float], step: int) -> None:
                 f"the loss of {name} is {loss} at step {step}; lower learning_rate, set gradient_clip, "
                 "or use dtype=bfloat16 or float32"
             )
+
+
+def checkpoint_layers(model: Any) -> None:
+    """Recompute the decoder layers' activations in the backward pass instead of keeping them.
+
+    transformers checkpoints a layer only in train mode; the layers alone are put there, not what is in them,
+    so that a base model's own dropout stays off.
+    """
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.training = True
 
 
 class Engine(ABC):
@@ -119,4 +131,4 @@ class Engine(ABC):
 
     @abstractmethod
     def optimiser(self, name: str) -> MemberOptimiser:
-        """Return a member's optimiser, whose state together with the step number is all there is to resume."""
+        """Return a member's optimiser; its state and the step number are all there is to resume."""

@@ -61,10 +61,9 @@ def load(recipe: Recipe, base: Base) -> Data:
     training: list[Example] = []
     validation: list[Example] = []
     for name, task in load_tasks(recipe.task).items():
-        shots = _num_fewshot(recipe, task)
-        training += _split(recipe, base, name, task, shots, "training")
+        training += _split(recipe, base, name, task, split="training")
         if task.has_validation_docs() and recipe.validation_limit != 0:
-            validation += _split(recipe, base, name, task, shots, "validation")
+            validation += _split(recipe, base, name, task, split="validation")
     if not training:
         raise EnsembleError(f"task {', '.join(recipe.task)}: the training split is empty")
     if recipe.early_stopping is not None and not validation:
@@ -75,7 +74,7 @@ def load(recipe: Recipe, base: Base) -> Data:
 
 
 def load_tasks(names: Sequence[str]) -> dict[str, Any]:
-    """Load lm-eval tasks by name, groups and tags expanded; each must be multiple choice with training data."""
+    """Load lm-eval tasks by name, groups expanded; each must be multiple choice with training data."""
     manager = _task_manager()
     known = set(manager.all_tasks)
     for name in names:
@@ -118,15 +117,16 @@ def _num_fewshot(recipe: Recipe, task: Any) -> int:
     return int(task.get_config("num_fewshot") or 0)
 
 
-def _split(recipe: Recipe, base: Base, name: str, task: Any, shots: int, split: str) -> list[Example]:
+def _split(recipe: Recipe, base: Base, name: str, task: Any, *, split: str) -> list[Example]:
     """Render one split of one task."""
     docs = list(task.training_docs() if split == "training" else task.validation_docs())
     limit = recipe.train_limit if split == "training" else recipe.validation_limit
     ids = _subset(len(docs), limit, recipe.subset_seed)
     task.set_fewshot_seed(_FEWSHOT_SEED)
+    shots = _num_fewshot(recipe, task)
     own_split = task.config.training_split if split == "training" else task.config.validation_split
     with _shots_exclude_document(task, own_split):
-        examples = [render(task, name, i, docs[i], shots, base) for i in ids]
+        examples = [render(task, i, docs[i], shots, base) for i in ids]
     return _fit(examples, base.max_length, recipe.truncate, f"{name} ({split})")
 
 
@@ -152,8 +152,9 @@ def _shots_exclude_document(task: Any, split: str) -> Iterator[None]:
         task.config.test_split = previous
 
 
-def render(task: Any, name: str, doc_id: int, doc: Any, shots: int, base: Base) -> Example:
+def render(task: Any, doc_id: int, doc: Any, shots: int, base: Base) -> Example:
     """Build the requests lm-eval would score for ``doc`` and tokenise them."""
+    name = task.task_name
     context = task.fewshot_context(doc, num_fewshot=shots)
     requests = task.construct_requests(doc=doc, ctx=context, metadata=(name, doc_id, 1))
     answers = task.doc_to_choice(doc)
@@ -162,10 +163,10 @@ def render(task: Any, name: str, doc_id: int, doc: Any, shots: int, base: Base) 
     choices = tuple(Choice(tuple(context), tuple(continuation)) for context, continuation in pairs)
     if any(not choice.continuation for choice in choices):
         raise EnsembleError(f"document {doc_id} of {name} has an answer choice without a token; fix the task")
-    return Example(name, doc_id, choices, gold_indices(task, name, doc_id, doc, answers))
+    return Example(name, doc_id, choices, gold_indices(task, doc_id, doc, answers))
 
 
-def gold_indices(task: Any, name: str, doc_id: int, doc: Any, answers: Sequence[str]) -> tuple[int, ...]:
+def gold_indices(task: Any, doc_id: int, doc: Any, answers: Sequence[str]) -> tuple[int, ...]:
     """Return the right choices as ``ConfigurableTask.process_results`` derives them."""
     gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
     if isinstance(gold, str):
@@ -173,8 +174,8 @@ def gold_indices(task: Any, name: str, doc_id: int, doc: Any, answers: Sequence[
     golds = tuple(int(index) for index in gold) if isinstance(gold, (list, tuple)) else (int(gold),)
     if not golds or not all(0 <= index < len(answers) for index in golds):
         raise EnsembleError(
-            f"document {doc_id} of {name} has no right answer among its {len(answers)} choices (gold {gold!r}); "
-            "training needs labelled documents"
+            f"document {doc_id} of {task.task_name} has no right answer among its {len(answers)} choices "
+            f"(gold {gold!r}); training needs labelled documents"
         )
     return golds
 
@@ -187,8 +188,8 @@ def _fit(examples: list[Example], max_length: int, truncate: str, place: str) ->
         return examples
     if truncate == "refuse":
         raise EnsembleError(
-            f"{len(over)} of {len(examples)} documents of {place} are longer than max_length={max_length} tokens "
-            f"(longest {max(over)}); raise max_length, or set truncate=left to cut contexts from the left"
+            f"{len(over)} of {len(examples)} documents of {place} are longer than max_length={max_length} "
+            f"tokens (longest {max(over)}); raise max_length, or set truncate=left to cut contexts from the left"
         )
     answers = max(len(choice.continuation) for example in examples for choice in example.choices)
     if answers > max_length:

@@ -22,12 +22,13 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from lm_eval_lora_ensemble.errors import EnsembleError
-from lm_eval_lora_ensemble.manifest import FILE_NAME as MANIFEST
-from lm_eval_lora_ensemble.manifest import Manifest, MemberEntry, checksums, write_json
 from lm_eval_lora_ensemble.train import recipe as recipes
 from lm_eval_lora_ensemble.train.card import library_versions
 from lm_eval_lora_ensemble.train.recipe import Recipe
+
+from lm_eval_lora_ensemble.errors import EnsembleError
+from lm_eval_lora_ensemble.manifest import FILE_NAME as MANIFEST
+from lm_eval_lora_ensemble.manifest import Manifest, MemberEntry, checksums, write_json
 
 MEMBER = "member.json"
 METRICS = "metrics.jsonl"
@@ -58,8 +59,8 @@ class EnsembleFolder:
             others = [p.name for p in self.path.iterdir() if p.name != SCRATCH] if self.path.is_dir() else []
             if others:
                 raise EnsembleError(
-                    f"{self.path} holds {sorted(others)[0]} and more, but no {recipes.FILE_NAME}: it is no run of "
-                    "this command; give another output="
+                    f"{self.path} holds {sorted(others)[0]} but no {recipes.FILE_NAME}, so no run of this command "
+                    "made it; give another output="
                 )
             return
         changed = Recipe.load(path).differences(self.recipe)
@@ -144,8 +145,8 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise EnsembleError(
-            f"cannot write in {path}: {error.strerror or error}; make room or give another output=, then run the "
-            "same command again: it goes on from the last checkpoint"
+            f"cannot write in {path}: {error.strerror or error}; make room there and run the same command again, "
+            "it goes on from the last checkpoint; or give another output="
         ) from error
 
 

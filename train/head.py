@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-
 from lm_eval_lora_ensemble.train.layout import Batch
 
 

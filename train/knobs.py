@@ -15,6 +15,7 @@ class Check:
     convert: Callable[[Any], Any]
 
     def __call__(self, value: Any) -> Any:
+        """Return the converted value, or raise ValueError or TypeError."""
         return self.convert(value)
 
 

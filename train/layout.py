@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-
 from lm_eval_lora_ensemble.train.examples import Choice, Example
 
 
@@ -38,7 +37,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one forward pass needs, for N members × D documents × C choices; R rows, L tokens, T scored tokens.
+    """What one forward pass needs: N members × D documents × C choices; R rows, L tokens, T scored ones.
 
     Attributes:
         input_ids: [R, L], right-padded.
@@ -154,22 +153,16 @@ class Layout:
                     target[d, c, t] = token
                     weight[d, c, t] = 1.0
         mask, position_ids = _tree_mask(rows, length) if self.use_tree else (None, None)
-        tensors = {
-            "input_ids": _pad([row.tokens for row in rows], length),
-            "mask": mask,
-            "position_ids": position_ids,
-            "scored": torch.tensor(list(places)),
-            "output": output.view(N, D, C, T),
-            "target": target.view(N, D, C, T),
-            "weight": weight.view(N, D, C, T),
-            "is_choice": (weight.sum(-1) > 0).view(N, D, C),
-            "is_gold": is_gold.view(N, D, C),
-        }
         return Batch(
-            **{
-                name: None if tensor is None else tensor.to(device, non_blocking=True)
-                for name, tensor in tensors.items()
-            }
+            input_ids=_pad([row.tokens for row in rows], length).to(device),
+            mask=None if mask is None else mask.to(device),
+            position_ids=None if position_ids is None else position_ids.to(device),
+            scored=torch.tensor(list(places), device=device),
+            output=output.view(N, D, C, T).to(device),
+            target=target.view(N, D, C, T).to(device),
+            weight=weight.view(N, D, C, T).to(device),
+            is_choice=(weight.sum(-1) > 0).view(N, D, C).to(device),
+            is_gold=is_gold.view(N, D, C).to(device),
         )
 
     def _padded(self, rows: list[Row]) -> list[Row]:

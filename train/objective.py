@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-
 from lm_eval_lora_ensemble.train.layout import Batch
 
 

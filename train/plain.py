@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import torch
-
 from lm_eval_lora_ensemble.train.adapters import lora_layers
-from lm_eval_lora_ensemble.train.engine import Engine, MemberOptimiser, check_finite
+from lm_eval_lora_ensemble.train.engine import Engine, MemberOptimiser, check_finite, checkpoint_layers
 from lm_eval_lora_ensemble.train.head import ScoredHead
 from lm_eval_lora_ensemble.train.objective import (
     document_losses,
@@ -52,7 +51,7 @@ class PlainEngine(Engine):
             own = [parameter for key, parameter in model.named_parameters() if f".{name}." in key]
             self._optimisers[name] = MemberOptimiser(own, recipe, total_steps)
         if recipe.gradient_checkpointing:
-            self.head.model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_layers(self.head.model)
 
     def step(self, batches: Sequence[MicroBatch], step: int, active: Sequence[str]) -> dict[str, float]:
         """Take the members' gradients in turn, then update them all; see :meth:`Engine.step`."""

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from lm_eval_lora_ensemble.train import knobs
 
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.locations import recipes_folder
-from lm_eval_lora_ensemble.train import knobs
 
 FILE_NAME = "recipe.yaml"
 
@@ -117,15 +117,7 @@ class Recipe:
         for key in ("base_model", "task"):
             if values.get(key) in (None, "", []):
                 raise EnsembleError(f"{where}: no {key}; add a line '{key}: …' or give {key}=…")
-        checked = {}
-        for key, value in values.items():
-            try:
-                checked[key] = knobs.CHECKS[key](value)
-            except (ValueError, TypeError):
-                raise EnsembleError(
-                    f"{where}: {key} is {value!r}, it must be {knobs.CHECKS[key].expectation}"
-                ) from None
-        recipe = cls(**checked)
+        recipe = cls(**{key: _checked(key, value, where) for key, value in values.items()})
         _check_together(recipe, where)
         return recipe
 
@@ -182,6 +174,14 @@ def _nearest(key: str, known: list[str]) -> str:
     """Say which known key was probably meant."""
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+
+
+def _checked(key: str, value: Any, where: str) -> Any:
+    check = knobs.CHECKS[key]
+    try:
+        return check(value)
+    except (ValueError, TypeError, OverflowError):
+        raise EnsembleError(f"{where}: {key} is {value!r}, it must be {check.expectation}") from None
 
 
 def _check_together(recipe: Recipe, where: str) -> None:

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
-
 from lm_eval_lora_ensemble.train import adapters, base, examples
 from lm_eval_lora_ensemble.train.card import model_card
 from lm_eval_lora_ensemble.train.folder import (
     METRICS,
     EnsembleFolder,
     epoch_name,
-    write_folder,
     write_text,
     writing,
 )
+from lm_eval_lora_ensemble.train.joint import JointEngine
 from lm_eval_lora_ensemble.train.layout import Layout, tree_saves
 from lm_eval_lora_ensemble.train.order import Order
 from lm_eval_lora_ensemble.train.plain import PlainEngine
 from lm_eval_lora_ensemble.train.validation import Validation
+from tqdm import tqdm
+
+from lm_eval_lora_ensemble.errors import EnsembleError
 
 if TYPE_CHECKING:
     from lm_eval_lora_ensemble.train.engine import Engine
@@ -94,7 +94,13 @@ class Trainer:
         self.config = model.peft_config
         for name, folder in zip(self.members, adapters.initial_folders(self.recipe), strict=False):
             adapters.load_initial(model, name, folder)
-        return PlainEngine(model, self.members, self.recipe, self.layout, self.total_steps)
+        obstacle = adapters.stacking_obstacle(model, self.recipe)
+        if self.recipe.engine == "joint" and obstacle:
+            raise EnsembleError(f"engine=joint: {obstacle}; use engine=auto")
+        if self.recipe.engine == "plain" or obstacle:
+            log.info("Members train one after another (%s)", obstacle or "engine=plain")
+            return PlainEngine(model, self.members, self.recipe, self.layout, self.total_steps)
+        return JointEngine(model, self.members, self.recipe, self.layout, self.total_steps)
 
     @property
     def active(self) -> list[str]:
@@ -136,7 +142,9 @@ class Trainer:
     def _end_epoch(self, epoch: int) -> None:
         """Write the epoch's adapters, then its measures."""
         for name in self.active:
-            card = model_card(self.recipe, self.base.name, name, self.members[name], epoch, self.step)
+            card = model_card(
+                self.recipe, self.base.name, name, seed=self.members[name], epochs=epoch, steps=self.step
+            )
             self.folder.write_epoch(
                 name,
                 epoch,

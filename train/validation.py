@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-
 from lm_eval_lora_ensemble.train.engine import Engine
 from lm_eval_lora_ensemble.train.examples import Example
 from lm_eval_lora_ensemble.train.layout import Layout, tree_saves
@@ -32,7 +31,7 @@ class Validation:
             self.is_gold[d, list(example.gold)] = True
 
     def loglikelihoods(self, engine: Engine, members: Sequence[str]) -> FloatArray:
-        """Return the members' loglikelihood of every choice [N, D, C] in nats; −inf where a choice is lacking."""
+        """Return the members' loglikelihoods of every choice [N, D, C] in nats; −inf for a lacking choice."""
         lengths = np.asarray(self.layout.lengths())
         order = np.argsort(-lengths, kind="stable")
         result = np.full((len(members), *self.is_gold.shape), -np.inf)
