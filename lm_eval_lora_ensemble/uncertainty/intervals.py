@@ -17,7 +17,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 from scipy import stats
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.uncertainty.arrays import FloatArray, IntArray

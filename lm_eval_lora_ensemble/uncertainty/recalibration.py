@@ -38,19 +38,15 @@ class TemperatureScaling:
 
     Attributes:
         temperature: T > 0.
+        at_limit: the search ended at its limit: the fit split is all right, or no better than chance.
     """
 
     temperature: float
+    at_limit: bool = False
 
     def __call__(self, log_p: FloatArray) -> FloatArray:
         """Scale (..., C) log-probabilities."""
         return log_choice_probabilities(log_p / self.temperature)
-
-    @property
-    def at_limit(self) -> bool:
-        """Whether the search ended at its limit: the fit split is all right, or no better than chance."""
-        low, high = TEMPERATURE_RANGE
-        return not low * 1.01 < self.temperature < high / 1.01
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,11 +69,14 @@ class VectorScaling:
 
 
 def _search(loss: Callable[[float], float]) -> TemperatureScaling:
-    """Find the temperature of least loss. The loss is unimodal in log T, and smooth."""
+    """Find the temperature of least loss, which is smooth and unimodal in log T but may have no minimum."""
     low, high = np.log(TEMPERATURE_RANGE)
     found = optimize.minimize_scalar(
         lambda t: loss(float(np.exp(t))), bounds=(low, high), method="bounded", options={"xatol": 1e-8}
     )
+    for limit in TEMPERATURE_RANGE:
+        if loss(limit) <= found.fun + 1e-9:
+            return TemperatureScaling(limit, at_limit=True)
     return TemperatureScaling(float(np.exp(found.x)))
 
 
