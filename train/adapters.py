@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,9 +105,10 @@ def load_initial(model: Any, name: str, folder: Path) -> None:
             model, load_file(folder / "adapter_model.safetensors"), adapter_name=name
         )
     except (RuntimeError, OSError, KeyError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
         raise EnsembleError(
-            f"initial adapter {folder} does not fit the recipe: {str(error).strip().splitlines()[-1].strip()}; "
-            "give it the rank and target modules of that adapter"
+            f"initial adapter {folder} does not fit the recipe: {reason}; "
+            "give the recipe the rank and target modules of that adapter"
         ) from error
     missing = [key for key in result.missing_keys if "lora_" in key and f".{name}." in key]
     if missing or result.unexpected_keys:
@@ -118,7 +118,7 @@ def load_initial(model: Any, name: str, folder: Path) -> None:
         )
 
 
-def save(folder: Path, weights: dict[str, torch.Tensor], config: Any, card: str, recipe_yaml: str) -> None:
+def save(folder: Path, *, weights: dict[str, torch.Tensor], config: Any, card: str, recipe_yaml: str) -> None:
     """Write a PEFT adapter folder into the existing, empty ``folder``."""
     from safetensors.torch import save_file
 
@@ -157,8 +157,3 @@ def stacking_obstacle(model: Any, recipe: Recipe) -> str | None:
         if module is head or module.base_layer is head:
             return f"{name} is the output head"
     return None
-
-
-def names_of(recipe: Recipe, members: Sequence[int]) -> dict[str, int]:
-    """Return the seed of each of the given members by its name."""
-    return {f"member_{i:02d}": recipe.seed + i for i in members}

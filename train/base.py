@@ -68,7 +68,8 @@ def pick_device(wanted: str) -> torch.device:
         return device
     from accelerate import PartialState
 
-    return PartialState().device
+    device: torch.device = PartialState().device
+    return device
 
 
 def load(recipe: Recipe, device: torch.device) -> Base:

@@ -7,12 +7,20 @@ import logging
 
 from lm_eval_lora_ensemble.train.recipe import Recipe
 
+from lm_eval_lora_ensemble.manifest import FILE_NAME as MANIFEST
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     parser.add_argument("recipe", metavar="RECIPE", help="recipe file, or the name of a bundled recipe")
     parser.add_argument(
         "overrides", metavar="key=value", nargs="*", help="recipe keys to change, for example members=3"
+    )
+    parser.add_argument(
+        "--member",
+        metavar="I",
+        type=int,
+        help="train member I only (from 0), for job arrays; the last one to finish writes ensemble.json",
     )
 
 
@@ -21,11 +29,13 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = Recipe.load(arguments.recipe, arguments.overrides)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("lm_eval_lora_ensemble").setLevel(logging.INFO)
-    from lm_eval_lora_ensemble.train.trainer import train_members
+    from lm_eval_lora_ensemble.train.run import train_members
 
-    folder = train_members(recipe)
-    evaluation = (
-        f"lm_eval --model lora-ensemble --model_args adapters={folder} --tasks {','.join(recipe.task)}"
-    )
-    print(f"Trained {recipe.members} members in {folder}\nEvaluate them: {evaluation}")
+    folder = train_members(recipe, arguments.member)
+    if (folder / MANIFEST).is_file():
+        tasks = ",".join(recipe.task)
+        print(f"Trained {recipe.members} members in {folder}")
+        print(f"Evaluate: lm_eval --model lora-ensemble --model_args adapters={folder} --tasks {tasks}")
+    else:
+        print(f"Trained this process's members in {folder}; others are still to come")
     return 0

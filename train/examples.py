@@ -189,7 +189,7 @@ def _fit(examples: list[Example], max_length: int, truncate: str, place: str) ->
     if truncate == "refuse":
         raise EnsembleError(
             f"{len(over)} of {len(examples)} documents of {place} are longer than max_length={max_length} "
-            f"tokens (longest {max(over)}); raise max_length, or set truncate=left to cut contexts from the left"
+            f"tokens (longest {max(over)}); raise it, or cut contexts from the left with truncate=left"
         )
     answers = max(len(choice.continuation) for example in examples for choice in example.choices)
     if answers > max_length:

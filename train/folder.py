@@ -1,29 +1,33 @@
-"""The ensemble's folder on disk: who may write it, and how nothing in it is ever half-written.
+"""The ensemble's folder on disk: what is in it, and who may write it.
 
     recipe.yaml                   the resolved recipe; a run with another one is refused
     metrics.jsonl                 one line an epoch: every member and the ensemble
     ensemble.json                 the manifest, written last
     member_00/                    the final adapter
         member.json               the member's entry of the manifest, written when the member is done
+        epochs.jsonl              one line an epoch: the member alone
         epoch_01/ …               the adapter after each epoch
         validation/epoch_00.npy … loglikelihoods [D, C] of the validation documents
-    .training/                    checkpoints and locks; removed when all is done
+    .training/                    checkpoints, scratch space and locks; removed when all is done
 
-Folders are written beside their place, flushed to the disk and renamed.
+A process writes only the folders of its own members. What concerns the ensemble is put together from the
+members' files by whichever process finds them complete, so processes need not talk to each other.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from filelock import FileLock, Timeout
 from lm_eval_lora_ensemble.train import recipe as recipes
 from lm_eval_lora_ensemble.train.card import library_versions
+from lm_eval_lora_ensemble.train.files import copy_file, write_folder, write_text, writing
 from lm_eval_lora_ensemble.train.recipe import Recipe
 
 from lm_eval_lora_ensemble.errors import EnsembleError
@@ -31,6 +35,7 @@ from lm_eval_lora_ensemble.manifest import FILE_NAME as MANIFEST
 from lm_eval_lora_ensemble.manifest import Manifest, MemberEntry, checksums, write_json
 
 MEMBER = "member.json"
+EPOCHS = "epochs.jsonl"
 METRICS = "metrics.jsonl"
 SCRATCH = ".training"
 
@@ -46,11 +51,16 @@ class EnsembleFolder:
         self.recipe = recipe
         self.path = Path(recipe.output).expanduser().absolute()
         self.scratch = self.path / SCRATCH
+        self.names = [member_name(i) for i in range(recipe.members)]
 
     @property
     def complete(self) -> bool:
         """Whether the manifest has been written."""
         return (self.path / MANIFEST).is_file()
+
+    def finished(self, name: str) -> bool:
+        """Whether a member is done."""
+        return (self.path / name / MEMBER).is_file()
 
     def check_recipe(self) -> None:
         """Refuse a folder that another recipe wrote, or that something else fills."""
@@ -59,7 +69,7 @@ class EnsembleFolder:
             others = [p.name for p in self.path.iterdir() if p.name != SCRATCH] if self.path.is_dir() else []
             if others:
                 raise EnsembleError(
-                    f"{self.path} holds {sorted(others)[0]} but no {recipes.FILE_NAME}, so no run of this command "
+                    f"{self.path} holds {sorted(others)[0]} but no {recipes.FILE_NAME}, so no training run "
                     "made it; give another output="
                 )
             return
@@ -70,35 +80,74 @@ class EnsembleFolder:
                 "give the same values to go on, or another output= to begin anew"
             )
 
-    def claim(self) -> None:
-        """Create the folder and its recipe."""
-        with writing(self.path):
-            self.scratch.mkdir(parents=True, exist_ok=True)
-            if not (self.path / recipes.FILE_NAME).is_file():
-                write_text(self.path / recipes.FILE_NAME, self.recipe.as_yaml())
+    @contextmanager
+    def claim(self, names: Sequence[str]) -> Iterator[None]:
+        """Create the folder, and keep other processes off these members until the context ends.
 
-    def member(self, name: str) -> Path:
-        """Return a member's folder."""
-        return self.path / name
+        The operating system releases the locks of a process that dies. A folder that this call created and
+        in which no epoch was finished is removed when an error ends the run.
+        """
+        created = not self.path.exists()
+        with ExitStack() as locks:
+            with writing(self.path):
+                self.scratch.mkdir(parents=True, exist_ok=True)
+                for name in names:
+                    locks.enter_context(self._lock(name))
+                self.check_recipe()
+                if not (self.path / recipes.FILE_NAME).is_file():
+                    write_text(self.path / recipes.FILE_NAME, self.recipe.as_yaml())
+            try:
+                yield
+            except EnsembleError:
+                if created and names == self.names and not any(self.path.glob("member_*/epoch_*")):
+                    shutil.rmtree(self.path, ignore_errors=True)
+                raise
 
-    def finished(self, name: str) -> bool:
-        """Whether the member is done."""
-        return (self.member(name) / MEMBER).is_file()
+    @contextmanager
+    def _lock(self, name: str) -> Iterator[None]:
+        lock = FileLock(self.scratch / f"{name}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise EnsembleError(
+                f"another process is training {name} in {self.path}; wait for it, or give another output="
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     def write_epoch(self, name: str, epoch: int, fill: Callable[[Path], None]) -> None:
         """Write ``member_XX/epoch_YY``; ``fill`` puts the adapter's files into the folder it is given."""
         with writing(self.path):
-            write_folder(self.member(name) / epoch_name(epoch), self.scratch, fill)
+            write_folder(self.path / name / epoch_name(epoch), self.scratch, fill)
+
+    def write_records(self, name: str, records: Sequence[dict[str, Any]]) -> None:
+        """Write a member's epochs.jsonl."""
+        with writing(self.path):
+            (self.path / name).mkdir(parents=True, exist_ok=True)
+            write_text(self.path / name / EPOCHS, _lines(records))
+
+    def read_records(self, name: str) -> list[dict[str, Any]]:
+        """Return a member's epochs.jsonl, empty if there is none yet."""
+        path = self.path / name / EPOCHS
+        return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
+
+    def write_metrics(self, lines: Sequence[dict[str, Any]]) -> None:
+        """Write metrics.jsonl."""
+        with writing(self.path):
+            write_text(self.path / METRICS, _lines(lines))
+
+    def validation_file(self, name: str, epoch: int) -> Path:
+        """Return where a member's validation loglikelihoods of an epoch are."""
+        return self.path / name / "validation" / f"{epoch_name(epoch)}.npy"
 
     def finish_member(self, name: str, seed: int, epochs: int, final_epoch: int) -> None:
         """Make epoch ``final_epoch`` the member's final adapter and write its entry of the manifest."""
-        folder = self.member(name)
+        folder = self.path / name
         with writing(self.path):
             for source in sorted((folder / epoch_name(final_epoch)).iterdir()):
-                scratch = self.scratch / f"{name}.{source.name}"
-                shutil.copyfile(source, scratch)
-                _flush(scratch)
-                scratch.replace(folder / source.name)
+                copy_file(source, folder / source.name, self.scratch)
             kept = {epoch: folder / epoch_name(epoch) for epoch in range(1, epochs + 1)}
             files = checksums(folder, self.path)
             for path in kept.values():
@@ -113,23 +162,22 @@ class EnsembleFolder:
             write_json(folder / MEMBER, asdict(entry))
 
     def finish(self, base_model: str) -> bool:
-        """Write the manifest if every member is done; return whether it is written."""
-        names = [f"member_{i:02d}" for i in range(self.recipe.members)]
-        if not all(self.finished(name) for name in names):
+        """Write the manifest if every member is done; return whether all is complete."""
+        if not all(self.finished(name) for name in self.names):
             return False
         entries = []
-        for name in names:
-            raw = json.loads((self.member(name) / MEMBER).read_text(encoding="utf-8"))
+        for name in self.names:
+            raw = json.loads((self.path / name / MEMBER).read_text(encoding="utf-8"))
             entries.append(MemberEntry(**{**raw, "epochs": {int(k): v for k, v in raw["epochs"].items()}}))
         with writing(self.path):
             Manifest(
                 base_model=base_model,
                 revision=self.recipe.revision,
                 members=entries,
-                recipe=self.recipe.as_mapping(),
+                recipe=self.recipe.as_mapping(operational=False),
                 versions=library_versions(),
             ).write(self.path)
-            shutil.rmtree(self.scratch, ignore_errors=True)
+        shutil.rmtree(self.scratch, ignore_errors=True)
         return True
 
 
@@ -138,55 +186,10 @@ def epoch_name(epoch: int) -> str:
     return f"epoch_{epoch:02d}"
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a full disk or a read-only folder into one line; what was there before stays intact."""
-    try:
-        yield
-    except OSError as error:
-        raise EnsembleError(
-            f"cannot write in {path}: {error.strerror or error}; make room there and run the same command again, "
-            "it goes on from the last checkpoint; or give another output="
-        ) from error
+def member_name(index: int) -> str:
+    """Return the name of a member and of its folder."""
+    return f"member_{index:02d}"
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file beside its place, flush it and rename it."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    scratch.write_text(text, encoding="utf-8")
-    _flush(scratch)
-    scratch.replace(path)
-
-
-def write_folder(target: Path, scratch_parent: Path, fill: Callable[[Path], None]) -> None:
-    """Let ``fill`` write a folder beside its place, flush every file and rename the folder to ``target``.
-
-    An older ``target`` is moved away first. Between the two renames there is none: a reader sees the old one,
-    nothing, or the new one, never a mixture.
-    """
-    scratch = scratch_parent / f"{target.parent.name}.{target.name}.{os.getpid()}"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    fill(scratch)
-    for file in scratch.iterdir():
-        _flush(file)
-    _flush(scratch)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists():
-        old = scratch.with_name(scratch.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        target.rename(old)
-        scratch.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        scratch.rename(target)
-    _flush(target.parent)
-
-
-def _flush(path: Path) -> None:
-    """Bring a file's content, or a folder's entries, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _lines(values: Sequence[dict[str, Any]]) -> str:
+    return "".join(json.dumps(value) + "\n" for value in values)

@@ -121,15 +121,17 @@ class Recipe:
         _check_together(recipe, where)
         return recipe
 
-    def as_mapping(self) -> dict[str, Any]:
-        """Return every key and value in plain YAML types."""
+    def as_mapping(self, *, operational: bool = True) -> dict[str, Any]:
+        """Return the keys and values in plain YAML types, with or without the operational ones."""
         return {
-            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in asdict(self).items()
+            if operational or key not in OPERATIONAL
         }
 
-    def as_yaml(self) -> str:
+    def as_yaml(self, *, operational: bool = True) -> str:
         """Return the resolved recipe as YAML text that :meth:`load` reads back."""
-        return yaml.safe_dump(self.as_mapping(), sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(self.as_mapping(operational=operational), sort_keys=False, allow_unicode=True)
 
     def differences(self, other: Recipe) -> list[str]:
         """Return the keys on which two recipes would compute different members."""

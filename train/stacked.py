@@ -13,8 +13,8 @@ import torch
 class Lineup:
     """Which members a forward pass holds, in which order, and which stream their dropout is drawn from.
 
-    Shared by all stacked layers of a model. Dropout is a pure function of (member's seed, step, batch, layer):
-    it needs no state to resume, and no member's stream notices the others.
+    Shared by all stacked layers of a model. Dropout is a pure function of member's seed, step, batch and layer: it
+    needs no state to resume, and no member's stream notices the others.
 
     Args:
         seeds: seed of each member.
@@ -111,8 +111,8 @@ class StackedLoRALinear(torch.nn.Module):
 class _AddLoRA(torch.autograd.Function):
     """``y += s · (dropout(x) Aᵀ) Bᵀ`` for stacked members, keeping only x and x Aᵀ for the backward pass.
 
-    Autograd would keep a float32 copy of x, and a dropout mask, for every layer; here the copy is made anew and
-    the mask drawn anew from its seed.
+    Autograd would keep a float32 copy of x and a dropout mask for every layer; here the copy is made anew
+    and the mask drawn anew from its seed.
     """
 
     @staticmethod

@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from lm_eval_lora_ensemble.train import adapters, base, examples
 from lm_eval_lora_ensemble.train.card import model_card
-from lm_eval_lora_ensemble.train.folder import (
-    METRICS,
-    EnsembleFolder,
-    epoch_name,
-    write_text,
-    writing,
-)
+from lm_eval_lora_ensemble.train.checkpoint import Checkpoints
+from lm_eval_lora_ensemble.train.engine import learning_rate
+from lm_eval_lora_ensemble.train.files import writing
 from lm_eval_lora_ensemble.train.joint import JointEngine
 from lm_eval_lora_ensemble.train.layout import Layout, tree_saves
+from lm_eval_lora_ensemble.train.metrics import assemble
 from lm_eval_lora_ensemble.train.order import Order
 from lm_eval_lora_ensemble.train.plain import PlainEngine
+from lm_eval_lora_ensemble.train.trackers import Trackers
 from lm_eval_lora_ensemble.train.validation import Validation
 from tqdm import tqdm
 
 from lm_eval_lora_ensemble.errors import EnsembleError
 
 if TYPE_CHECKING:
+    import torch
     from lm_eval_lora_ensemble.train.engine import Engine
+    from lm_eval_lora_ensemble.train.folder import EnsembleFolder
+    from lm_eval_lora_ensemble.train.order import MicroBatch
     from lm_eval_lora_ensemble.train.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -42,13 +42,13 @@ class Progress:
         loss_sum: sum of the data losses of the current epoch's steps.
         records: one line an epoch: step, mean training loss, validation measures.
         best_epoch: the epoch of the lowest validation NLL, None before the first.
-        stopped: the epoch after which early stopping ended it, None while it trains.
+        stopped: whether early stopping has ended it.
     """
 
     loss_sum: float = 0.0
     records: list[dict[str, Any]] = field(default_factory=list)
     best_epoch: int | None = None
-    stopped: int | None = None
+    stopped: bool = False
 
 
 class Trainer:
@@ -58,13 +58,16 @@ class Trainer:
         recipe: the run's recipe.
         folder: the ensemble's folder.
         members: seed of each member to train by name.
+        device: where.
     """
 
-    def __init__(self, recipe: Recipe, folder: EnsembleFolder, members: dict[str, int]) -> None:
+    def __init__(
+        self, recipe: Recipe, folder: EnsembleFolder, members: dict[str, int], device: torch.device
+    ) -> None:
         self.recipe = recipe
         self.folder = folder
         self.members = members
-        self.base = base.load(recipe, base.pick_device(recipe.device))
+        self.base = base.load(recipe, device)
         data = examples.load(recipe, self.base)
         use_tree = takes_tree_rows(self.base.model)
         self.layout = Layout(
@@ -88,55 +91,100 @@ class Trainer:
         self.progress = {name: Progress() for name in members}
         self.step = 0
         self.engine = self._engine()
+        self.checkpoints = Checkpoints(folder.scratch, recipe.keep_checkpoints)
 
     def _engine(self) -> Engine:
+        """Attach the members' adapters, and choose how they are trained."""
         model = adapters.attach(self.base, self.recipe, self.members)
         self.config = model.peft_config
-        for name, folder in zip(self.members, adapters.initial_folders(self.recipe), strict=False):
-            adapters.load_initial(model, name, folder)
+        initial = adapters.initial_folders(self.recipe)
+        if initial:
+            for name in self.members:
+                adapters.load_initial(model, name, initial[self.folder.names.index(name)])
         obstacle = adapters.stacking_obstacle(model, self.recipe)
         if self.recipe.engine == "joint" and obstacle:
-            raise EnsembleError(f"engine=joint: {obstacle}; use engine=auto")
+            raise EnsembleError(f"engine=joint cannot train this recipe: {obstacle}; use engine=auto")
         if self.recipe.engine == "plain" or obstacle:
-            log.info("Members train one after another (%s)", obstacle or "engine=plain")
+            log.info("Training the members one after another: %s", obstacle or "engine=plain")
             return PlainEngine(model, self.members, self.recipe, self.layout, self.total_steps)
         return JointEngine(model, self.members, self.recipe, self.layout, self.total_steps)
 
     @property
     def active(self) -> list[str]:
         """The members that still train."""
-        return [name for name, progress in self.progress.items() if progress.stopped is None]
+        return [name for name, progress in self.progress.items() if not progress.stopped]
 
     def run(self) -> None:
-        """Train to the end and write every member's files."""
-        self.folder.claim()
+        """Go on from the newest checkpoint, train to the end and write every member's files."""
+        self._resume()
         if self.step == 0:
-            self._validate(0)
+            self._measure(0)
         per_epoch = self.order.steps_per_epoch
-        with self._bar() as bar:
+        with Trackers(self.recipe, self.folder) as trackers, self._bar() as bar:
             while self.step < self.total_steps and self.active:
                 epoch = self.step // per_epoch + 1
                 for batches in self.order.epoch(epoch, list(self.members.values()))[self.step % per_epoch :]:
                     losses = self.engine.step(batches, self.step, self.active)
-                    self._record(losses, bar)
+                    self._record(losses, batches, bar)
+                    trackers.losses(
+                        losses, learning_rate(self.recipe, self.step - 1, self.total_steps), self.step
+                    )
                     if self.step == self.total_steps:
                         break
+                    if (
+                        self.step % per_epoch
+                        and self.step % (self.recipe.checkpoint_steps or self.total_steps) == 0
+                    ):
+                        self._save()
                 self._end_epoch(epoch)
+                trackers.measures({name: self.progress[name].records[-1] for name in losses}, self.step)
+                self._save()
         for name, progress in self.progress.items():
-            epochs = len(progress.records) - 1
+            epochs = progress.records[-1]["epoch"]
             final = progress.best_epoch if self.recipe.early_stopping and progress.best_epoch else epochs
             self.folder.finish_member(name, self.members[name], epochs, final)
+
+    def _resume(self) -> None:
+        """Take up the newest checkpoint that all members of this process have."""
+        names = list(self.members)
+        step = self.checkpoints.newest(names)
+        if step is None:
+            return
+        for name in names:
+            tensors, progress = self.checkpoints.load(name, step)
+            self.engine.optimiser(name).load_state(tensors)
+            self.progress[name] = Progress(**progress)
+            self.folder.write_records(name, self.progress[name].records)
+        self.step = step
+        log.info("Going on from step %d of %d", step, self.total_steps)
+
+    def _save(self) -> None:
+        """Write a checkpoint of every member."""
+        states = {
+            name: (self.engine.optimiser(name).state(), asdict(self.progress[name])) for name in self.members
+        }
+        with writing(self.folder.path):
+            self.checkpoints.save(self.step, states)
 
     def _bar(self) -> tqdm[Any]:
         return tqdm(
             total=self.total_steps, initial=self.step, desc="training", unit="step", dynamic_ncols=True
         )
 
-    def _record(self, losses: dict[str, float], bar: tqdm[Any]) -> None:
+    def _record(self, losses: dict[str, float], batches: list[MicroBatch], bar: tqdm[Any]) -> None:
+        """Count a step, and show every member's loss and the input tokens per second."""
         self.step += 1
         for name, loss in losses.items():
             self.progress[name].loss_sum += loss
-        bar.set_postfix_str("loss " + " ".join(f"{loss:.3f}" for loss in losses.values()), refresh=False)
+        rows = self.layout.rows_per_document * len(losses)
+        self._tokens = getattr(self, "_tokens", 0) + sum(
+            len(part.documents[0]) * rows * part.length for part in batches
+        )
+        speed = self._tokens / max(bar.format_dict["elapsed"], 1e-9)
+        bar.set_postfix_str(
+            f"{speed:.0f} tokens/s, loss " + " ".join(f"{loss:.3f}" for loss in losses.values()),
+            refresh=False,
+        )
         bar.update()
 
     def _end_epoch(self, epoch: int) -> None:
@@ -145,67 +193,57 @@ class Trainer:
             card = model_card(
                 self.recipe, self.base.name, name, seed=self.members[name], epochs=epoch, steps=self.step
             )
-            self.folder.write_epoch(
-                name,
-                epoch,
-                lambda path, name=name, card=card: adapters.save(  # type: ignore[misc]
-                    path, self.engine.weights(name), self.config[name], card, self.recipe.as_yaml()
-                ),
+            fill = partial(
+                adapters.save,
+                weights=self.engine.weights(name),
+                config=self.config[name],
+                card=card,
+                recipe_yaml=self.recipe.as_yaml(operational=False),
             )
-        self._validate(epoch)
+            self.folder.write_epoch(name, epoch, fill)
+        self._measure(epoch)
 
-    def _validate(self, epoch: int) -> None:
-        """Measure the active members and write their validation loglikelihoods and records."""
+    def _measure(self, epoch: int) -> None:
+        """Measure the active members on the validation set and write their records."""
         active = self.active
-        lls = self.validation.loglikelihoods(self.engine, active) if self.validation else None
+        lls = None
+        if self.validation:
+            # Before the first step all members are the base model, unless they start from adapters.
+            equal = epoch == 0 and not self.recipe.initial_adapters
+            lls = self.validation.loglikelihoods(self.engine, active[:1] if equal else active)
+            lls = np.repeat(lls, len(active), axis=0) if equal else lls
         for i, name in enumerate(active):
             progress = self.progress[name]
             record: dict[str, Any] = {"epoch": epoch, "step": self.step}
             if epoch:
-                steps = self.step - (epoch - 1) * self.order.steps_per_epoch
-                record["loss"] = progress.loss_sum / steps
+                record["loss"] = progress.loss_sum / (self.step - (epoch - 1) * self.order.steps_per_epoch)
             if self.validation and lls is not None:
                 record |= self.validation.measures(lls[i])
                 self._write_validation(name, epoch, lls[i])
             progress.loss_sum = 0.0
             progress.records.append(record)
-            self._stop_early(name, epoch)
-        self._write_metrics(epoch)
+            self._stop_early(progress, epoch)
+            self.folder.write_records(name, progress.records)
+        assemble(self.folder, self.validation)
 
     def _write_validation(self, name: str, epoch: int, lls: np.ndarray) -> None:
-        folder = self.folder.member(name) / "validation"
+        path = self.folder.validation_file(name, epoch)
         with writing(self.folder.path):
-            folder.mkdir(parents=True, exist_ok=True)
-            np.save(folder / f"{epoch_name(epoch)}.npy", lls)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            scratch = self.folder.scratch / f"{name}.{path.name}"
+            np.save(scratch, lls)
+            scratch.replace(path)
 
-    def _stop_early(self, name: str, epoch: int) -> None:
+    def _stop_early(self, progress: Progress, epoch: int) -> None:
         """Stop a member whose validation NLL has not improved for ``early_stopping`` epochs."""
-        progress = self.progress[name]
-        if not epoch or "nll" not in progress.records[-1]:
+        record = progress.records[-1]
+        if not epoch or "nll" not in record:
             return
         best = progress.best_epoch
-        if best is None or progress.records[epoch]["nll"] < progress.records[best]["nll"]:
+        if best is None or record["nll"] < progress.records[best]["nll"]:
             progress.best_epoch = epoch
         elif self.recipe.early_stopping and epoch - best >= self.recipe.early_stopping:
-            progress.stopped = epoch
-
-    def _write_metrics(self, epoch: int) -> None:
-        """Append the epoch's line to metrics.jsonl."""
-        members = {name: progress.records[-1] for name, progress in self.progress.items()}
-        ensemble = None
-        if self.validation:
-            latest = [
-                np.load(self.folder.member(name) / "validation" / f"{epoch_name(record['epoch'])}.npy")
-                for name, record in members.items()
-            ]
-            ensemble = self.validation.ensemble_measures(np.stack(latest))
-        path = self.folder.path / METRICS
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:epoch] if path.is_file() else []
-        lines.append(
-            json.dumps({"epoch": epoch, "step": self.step, "members": members, "ensemble": ensemble}) + "\n"
-        )
-        with writing(self.folder.path):
-            write_text(path, "".join(lines))
+            progress.stopped = record["stopped"] = True
 
 
 def takes_tree_rows(model: Any) -> bool:
@@ -213,20 +251,3 @@ def takes_tree_rows(model: Any) -> bool:
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     return config._attn_implementation in ("sdpa", "eager") and (not window or window >= 4096)
-
-
-def train_members(recipe: Recipe) -> Path:
-    """Train the members of a recipe and return the ensemble's folder.
-
-    Raises:
-        EnsembleError: for anything the user can mend: see the message.
-    """
-    folder = EnsembleFolder(recipe)
-    folder.check_recipe()
-    if folder.complete:
-        log.info("%s is complete; nothing to do", folder.path)
-        return folder.path
-    trainer = Trainer(recipe, folder, adapters.names_of(recipe, range(recipe.members)))
-    trainer.run()
-    folder.finish(trainer.base.name)
-    return folder.path
