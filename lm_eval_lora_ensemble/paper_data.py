@@ -19,7 +19,7 @@ def mmlu(*, subjects: Sequence[str], **_: Any) -> dict[str, Dataset]:
         subjects: names of MMLU subjects, in the order in which they are pooled.
 
     Returns:
-        The splits ``train`` and ``test``, with the columns of cais/mmlu; ``subject`` names each row's subject.
+        The splits ``train`` and ``test``: the columns of cais/mmlu, with each row's subject in ``subject``.
     """
     from datasets import concatenate_datasets, load_dataset
 

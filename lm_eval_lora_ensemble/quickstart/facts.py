@@ -61,7 +61,7 @@ COUNTRIES = (
     Country("Greece", "Athens", "Europe", "euro"),
     Country("Honduras", "Tegucigalpa", "North America", "lempira"),
     Country("Hungary", "Budapest", "Europe", "forint"),
-    Country("Iceland", "Reykjavik", "Europe", "króna"),
+    Country("Iceland", "Reykjavik", "Europe", "krona"),
     Country("India", "New Delhi", "Asia", "rupee"),
     Country("Iran", "Tehran", "Asia", "rial"),
     Country("Iraq", "Baghdad", "Asia", "dinar"),
