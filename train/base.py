@@ -58,14 +58,14 @@ def pick_device(wanted: str) -> torch.device:
 
     if wanted != "auto":
         try:
-            device = torch.device(wanted)
+            named = torch.device(wanted)
         except RuntimeError as error:
             raise EnsembleError(
                 f"device {wanted!r} is unknown to torch; give cpu, cuda, cuda:1, mps …"
             ) from error
-        if device.type == "cuda" and not torch.cuda.is_available():
+        if named.type == "cuda" and not torch.cuda.is_available():
             raise EnsembleError(f"device {wanted!r}: torch sees no GPU here; give device=cpu")
-        return device
+        return named
     from accelerate import PartialState
 
     device: torch.device = PartialState().device

@@ -93,6 +93,7 @@ class EnsembleFolder:
                 self.scratch.mkdir(parents=True, exist_ok=True)
                 for name in names:
                     locks.enter_context(self._lock(name))
+                    self._sweep(name)
                 self.check_recipe()
                 if not (self.path / recipes.FILE_NAME).is_file():
                     write_text(self.path / recipes.FILE_NAME, self.recipe.as_yaml())
@@ -102,6 +103,14 @@ class EnsembleFolder:
                 if created and names == self.names and not any(self.path.glob("member_*/epoch_*")):
                     shutil.rmtree(self.path, ignore_errors=True)
                 raise
+
+    def _sweep(self, name: str) -> None:
+        """Remove what a killed process left half-written for a member."""
+        for rest in [*self.scratch.glob(f"{name}.*"), *(self.path / name).glob(".*.tmp")]:
+            if rest.is_dir():
+                shutil.rmtree(rest)
+            elif rest.suffix != ".lock":
+                rest.unlink()
 
     @contextmanager
     def _lock(self, name: str) -> Iterator[None]:
@@ -177,6 +186,8 @@ class EnsembleFolder:
                 recipe=self.recipe.as_mapping(operational=False),
                 versions=library_versions(),
             ).write(self.path)
+        for rest in self.path.glob(".*.tmp"):
+            rest.unlink(missing_ok=True)
         shutil.rmtree(self.scratch, ignore_errors=True)
         return True
 

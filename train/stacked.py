@@ -13,7 +13,7 @@ import torch
 class Lineup:
     """Which members a forward pass holds, in which order, and which stream their dropout is drawn from.
 
-    Shared by all stacked layers of a model. Dropout is a pure function of member's seed, step, batch and layer: it
+    Shared by a model's stacked layers. Dropout is a pure function of member's seed, step, batch and layer: it
     needs no state to resume, and no member's stream notices the others.
 
     Args:

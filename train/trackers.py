@@ -50,9 +50,8 @@ class Trackers:
 
     def losses(self, losses: dict[str, float], learning_rate: float, step: int) -> None:
         """Log one step's training losses."""
-        self._log(
-            {f"loss/{name}": loss for name, loss in losses.items()} | {"learning_rate": learning_rate}, step
-        )
+        values = {f"loss/{name}": loss for name, loss in losses.items()}
+        self._log(values | {"learning_rate": learning_rate}, step)
 
     def measures(self, records: dict[str, dict[str, Any]], step: int) -> None:
         """Log one epoch's validation measures of each member."""

@@ -90,6 +90,7 @@ class Trainer:
         self.total_steps = min(steps, recipe.max_steps or steps)
         self.progress = {name: Progress() for name in members}
         self.step = 0
+        self.tokens = 0  # input tokens of this process, for the progress bar
         self.engine = self._engine()
         self.checkpoints = Checkpoints(folder.scratch, recipe.keep_checkpoints)
 
@@ -119,30 +120,31 @@ class Trainer:
         self._resume()
         if self.step == 0:
             self._measure(0)
-        per_epoch = self.order.steps_per_epoch
         with Trackers(self.recipe, self.folder) as trackers, self._bar() as bar:
             while self.step < self.total_steps and self.active:
-                epoch = self.step // per_epoch + 1
-                for batches in self.order.epoch(epoch, list(self.members.values()))[self.step % per_epoch :]:
-                    losses = self.engine.step(batches, self.step, self.active)
-                    self._record(losses, batches, bar)
-                    trackers.losses(
-                        losses, learning_rate(self.recipe, self.step - 1, self.total_steps), self.step
-                    )
-                    if self.step == self.total_steps:
-                        break
-                    if (
-                        self.step % per_epoch
-                        and self.step % (self.recipe.checkpoint_steps or self.total_steps) == 0
-                    ):
-                        self._save()
-                self._end_epoch(epoch)
-                trackers.measures({name: self.progress[name].records[-1] for name in losses}, self.step)
+                self._run_epoch(trackers, bar)
                 self._save()
         for name, progress in self.progress.items():
             epochs = progress.records[-1]["epoch"]
             final = progress.best_epoch if self.recipe.early_stopping and progress.best_epoch else epochs
             self.folder.finish_member(name, self.members[name], epochs, final)
+
+    def _run_epoch(self, trackers: Trackers, bar: tqdm[Any]) -> None:
+        """Take the steps left of the present epoch, then write its adapters and measures."""
+        per_epoch, active = self.order.steps_per_epoch, self.active
+        epoch, done = self.step // per_epoch + 1, self.step % per_epoch
+        steps = self.order.epoch(epoch, list(self.members.values()))
+        end = min(self.total_steps, epoch * per_epoch)
+        for batches in steps[done : end - (epoch - 1) * per_epoch]:
+            losses = self.engine.step(batches, self.step, active)
+            rate = learning_rate(self.recipe, self.step, self.total_steps)
+            self._record(losses, batches, bar)
+            trackers.losses(losses, rate, self.step)
+            every = self.recipe.checkpoint_steps
+            if every and self.step % every == 0 and self.step != end:
+                self._save()
+        self._end_epoch(epoch)
+        trackers.measures({name: self.progress[name].records[-1] for name in active}, self.step)
 
     def _resume(self) -> None:
         """Take up the newest checkpoint that all members of this process have."""
@@ -177,14 +179,10 @@ class Trainer:
         for name, loss in losses.items():
             self.progress[name].loss_sum += loss
         rows = self.layout.rows_per_document * len(losses)
-        self._tokens = getattr(self, "_tokens", 0) + sum(
-            len(part.documents[0]) * rows * part.length for part in batches
-        )
-        speed = self._tokens / max(bar.format_dict["elapsed"], 1e-9)
-        bar.set_postfix_str(
-            f"{speed:.0f} tokens/s, loss " + " ".join(f"{loss:.3f}" for loss in losses.values()),
-            refresh=False,
-        )
+        self.tokens += sum(len(part.documents[0]) * rows * part.length for part in batches)
+        speed = self.tokens / max(bar.format_dict["elapsed"], 1e-9)
+        shown = " ".join(f"{loss:.3f}" for loss in losses.values())
+        bar.set_postfix_str(f"{speed:.0f} tokens/s, loss {shown}", refresh=False)
         bar.update()
 
     def _end_epoch(self, epoch: int) -> None:
