@@ -24,7 +24,7 @@ def sample(doc_id, members, gold, texts="ABCD", /, **changes):
         "target": str(gold),
         "arguments": {
             f"gen_args_{i}": {"arg_0": f"Q{doc_id}", "arg_1": f" {t}"}
-            for i, t in zip(range(members.shape[1]), texts)
+            for i, t in zip(range(members.shape[1]), texts, strict=False)
         },
         "resps": [[[str(value), "False"]] for value in ensemble],
         "filtered_resps": [[str(value), "False"] for value in ensemble],
@@ -152,7 +152,7 @@ def test_groups_pool_their_tasks(tmp_path, scores):
     assert run.top_level() == ["all"]
     assert run.predictions("all").n_documents == 18
     assert "1 of its 2 tasks" in run.skipped["more"]
-    with pytest.raises(EnsembleError, match="no samples of 'd'.*it has all, ab, a, b, c"):
+    with pytest.raises(EnsembleError, match=r"no samples of 'd'.*it has all, ab, a, b, c"):
         run.predictions("d")
 
 

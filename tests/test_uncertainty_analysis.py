@@ -21,7 +21,7 @@ from lm_eval_lora_ensemble.uncertainty.recalibration import (
 from lm_eval_lora_ensemble.uncertainty.size import by_size
 
 
-def make(seed=0, d=300, n=4, c=4, sharp=2.0, subjects=""):
+def make(seed=0, *, d=300, n=4, c=4, sharp=2.0, subjects=""):
     rng = np.random.default_rng(seed)
     base = rng.normal(size=(d, c)) * sharp
     gold = (choice_probabilities(base).cumsum(1) > rng.uniform(size=(d, 1))).argmax(1)
@@ -32,7 +32,7 @@ def mean_statistic(values):
     return lambda weights: {"mean": weights @ values / weights.sum(1)}
 
 
-def test_bootstrap_is_scipys(subtests=None):
+def test_bootstrap_is_scipys():
     values = np.random.default_rng(1).exponential(size=150)
     ours = bootstrap(mean_statistic(values), Plan(150, resamples=20_000)).estimate("mean")
     for method, limits in (("percentile", ours.percentile), ("BCa", ours.bca), ("basic", ours.basic)):

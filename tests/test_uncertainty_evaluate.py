@@ -11,8 +11,10 @@ from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.records import Run
 from lm_eval_lora_ensemble.uncertainty.battery import METRICS, Battery
 from lm_eval_lora_ensemble.uncertainty.choices import choice_probabilities
-from lm_eval_lora_ensemble.uncertainty.evaluate import Settings, compare_runs, evaluate_uncertainty
+from lm_eval_lora_ensemble.uncertainty.comparison import compare_runs
+from lm_eval_lora_ensemble.uncertainty.evaluate import evaluate_uncertainty
 from lm_eval_lora_ensemble.uncertainty.predictions import Predictions
+from lm_eval_lora_ensemble.uncertainty.result import Settings
 
 QUICK = Settings(resamples=50)
 

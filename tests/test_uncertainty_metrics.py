@@ -46,7 +46,7 @@ def test_softmax_is_scipys_also_far_from_zero(rng):
 def test_other_class_takes_what_the_letters_leave():
     p = choices.with_other_class(np.log([[0.5, 0.2], [0.6, 0.4]]))
     assert np.allclose(p, [[0.5, 0.2, 0.3], [0.6, 0.4, 0.0]])
-    with pytest.raises(EnsembleError, match="sum to 1.1"):
+    with pytest.raises(EnsembleError, match=r"sum to 1\.1"):
         choices.with_other_class(np.log([[0.7, 0.4]]))
 
 

@@ -13,16 +13,10 @@ from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.records import Run, load_runs, merge_runs
 from lm_eval_lora_ensemble.uncertainty.battery import METRICS
 from lm_eval_lora_ensemble.uncertainty.calibration import DEFAULT_BINS
-from lm_eval_lora_ensemble.uncertainty.evaluate import (
-    Comparison,
-    Settings,
-    TaskResult,
-    UncertaintyResult,
-    compare_runs,
-    evaluate_uncertainty,
-    plain,
-)
+from lm_eval_lora_ensemble.uncertainty.comparison import Comparison, compare_runs
+from lm_eval_lora_ensemble.uncertainty.evaluate import evaluate_uncertainty
 from lm_eval_lora_ensemble.uncertainty.intervals import Estimate
+from lm_eval_lora_ensemble.uncertainty.result import Settings, TaskResult, UncertaintyResult, plain
 
 _ARROWS = {"higher": "↑", "lower": "↓", "": ""}
 
