@@ -25,8 +25,8 @@ from lm_eval_lora_ensemble.uncertainty.arrays import FloatArray, IntArray
 Statistics: TypeAlias = Callable[[FloatArray], Mapping[str, FloatArray]]
 """From weights (R, D) to one value a resample, (R,), for each of several metrics."""
 
-_CHUNK = 125_000
-"""Weights held at once: 1 MB. Larger arrays fall out of the cache, which costs a factor of three."""
+_CHUNK = 100_000
+"""Weights held at once: 0.8 MB. Larger arrays fall out of the cache, which costs a factor of three."""
 
 _MAX_BIAS = 1.0
 """How many standard errors of median bias BCa is trusted to correct.

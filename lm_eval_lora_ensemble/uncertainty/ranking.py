@@ -22,12 +22,14 @@ class Runs:
     Attributes:
         weight: (R, G), all documents of the run.
         positive: (R, G), its positives.
+        rate: (R, G) or (1, G), the share of positives, 0 for a run of no weight.
         weight_up_to: (R, G), running sum of ``weight``, the run included.
         positive_up_to: (R, G), running sum of ``positive``.
     """
 
     weight: FloatArray
     positive: FloatArray
+    rate: FloatArray
     weight_up_to: FloatArray
     positive_up_to: FloatArray
 
@@ -103,10 +105,12 @@ class Ranking:
         """Return the running sums for ``weights`` (R, D), or with R = 1 for every document once."""
         weight = np.ones((1, len(self._order))) if weights is None else np.take(weights, self._order, axis=1)
         positive = weight * self._positive
+        rate = self._positive[None]
         if self._starts is not None:
             weight = np.add.reduceat(weight, self._starts, axis=1)
             positive = np.add.reduceat(positive, self._starts, axis=1)
-        return Runs(weight, positive, np.cumsum(weight, axis=1), np.cumsum(positive, axis=1))
+            rate = positive / np.where(weight > 0, weight, 1.0)
+        return Runs(weight, positive, rate, np.cumsum(weight, axis=1), np.cumsum(positive, axis=1))
 
 
 def auroc(score: npt.ArrayLike, positive: npt.ArrayLike) -> float:

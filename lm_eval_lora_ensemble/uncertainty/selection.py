@@ -38,12 +38,11 @@ def area_under_risk_coverage(runs: Runs) -> FloatArray:
     error rate at W + j is ``(E + r j)/(W + j) = r + (E − r W)/(W + j)``, whose sum over j is a difference of
     harmonic numbers. Weights have to be whole numbers, as resampling counts are.
     """
-    rate = runs.positive / np.where(runs.weight > 0, runs.weight, 1.0)
-    before = runs.weight_up_to - runs.weight
-    errors_before = runs.positive_up_to - runs.positive
+    # E − r W is the same at both ends of a run, as r is its slope.
+    offset = runs.positive_up_to - runs.rate * runs.weight_up_to
     harmonic = _harmonic_at(runs.weight_up_to)
-    step = np.diff(harmonic, axis=1, prepend=0.0)
-    excess = np.einsum("rg,rg->r", errors_before - rate * before, step)
+    excess = np.einsum("rg,rg->r", offset, harmonic)
+    excess -= np.einsum("rg,rg->r", offset[:, 1:], harmonic[:, :-1])
     area: FloatArray = (runs.positives[:, 0] + excess) / runs.total[:, 0]
     return area
 
