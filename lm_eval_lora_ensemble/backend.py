@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,11 @@ from lm_eval_lora_ensemble import harness
 from lm_eval_lora_ensemble.errors import EnsembleError, install_excepthook
 from lm_eval_lora_ensemble.members import Ensemble, find_ensemble
 from lm_eval_lora_ensemble.mixture import AVERAGES, Average, EnsembleLoglikelihood
+from lm_eval_lora_ensemble.scoring.forward import PackedModel
+from lm_eval_lora_ensemble.scoring.packed import PackedScorer, Work
 from lm_eval_lora_ensemble.scoring.plain import Batch, score_plain
 from lm_eval_lora_ensemble.scoring.requests import Score, TokenRequest, truncate
+from lm_eval_lora_ensemble.scoring.support import shared_layers, trial_error, why_not
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -25,6 +29,11 @@ if TYPE_CHECKING:
 # what TemplateLM hands over: ((context, continuation) or None, context tokens, continuation tokens)
 EncodedRequest = tuple[tuple[str, str] | None, list[int], list[int]]
 
+# tokens of one forward pass: enough to keep a matrix product busy, little beside the logits of `hf`
+MIN_TOKENS = 1024
+AUTO_TOKENS = {"cpu": 4096, "accelerator": 16384}
+
+logger = logging.getLogger(__name__)
 install_excepthook()
 
 
@@ -74,6 +83,7 @@ class LoraEnsembleLM(HFLM):  # type: ignore[misc]
             allow_base_mismatch=allow_base_mismatch,
         )
         self.average: Average = average
+        self.work = Work()
         if "revision" not in kwargs and self.ensemble.revision:
             kwargs["revision"] = self.ensemble.revision
         found = self.ensemble.members
@@ -204,15 +214,66 @@ class LoraEnsembleLM(HFLM):  # type: ignore[misc]
     def _scores(
         self, requests: Sequence[EncodedRequest], override_bs: int | None
     ) -> Iterator[tuple[int, Score]]:
+        """Score by the packed path where it is exact for this model and these requests, else by the plain one."""
+        tokens = [self._token_request(context, continuation) for _, context, continuation in requests]
+        if not tokens:
+            return
+        longest = max(len(request.tokens) for request in tokens)
+        reason = why_not(self.model, longest) or self._packed_trial
+        if reason is None:
+            scorer = PackedScorer(
+                self._packed_model,
+                self._activate,
+                n_members=self.n_members,
+                token_budget=self._token_budget(longest, override_bs),
+            )
+            with self._autocast():
+                yield from scorer.score(tokens)
+            self.work = scorer.work
+            return
+        logger.warning("scoring request by request, which is slower: %s", reason)
         batch_size = self.batch_size if self.batch_size != "auto" else override_bs
         yield from score_plain(
-            [self._token_request(context, continuation) for _, context, continuation in requests],
+            tokens,
             self._forward_plain,
             n_members=self.n_members,
             batch_size=batch_size or self._detect_batch_size(),
             device=self.device,
             encoder_decoder=self.backend == "seq2seq",
         )
+
+    @functools.cached_property
+    def _packed_model(self) -> PackedModel:
+        return PackedModel(self.model, shared_layers(self.model))
+
+    @functools.cached_property
+    def _packed_trial(self) -> str | None:
+        """Why the packed path is not exact here, found by trying; None if it is."""
+        with self._autocast():
+            error = trial_error(self._packed_model, self._activate, self._whole_logits, self.n_members)
+        if error is None:
+            return None
+        return f"packed rows differ from whole sequences by {error:.2g} nats a token in a trial"
+
+    def _whole_logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self._model_call(tokens.to(self.device))
+        return logits
+
+    def _autocast(self) -> torch.autocast:
+        """Autocast as ``hf`` does in its own forward."""
+        dtype = self.mixed_precision_dtype
+        return torch.autocast(device_type=self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def _token_budget(self, longest: int, override_bs: int | None) -> int:
+        """Return the tokens of one forward pass.
+
+        ``batch_size=auto``: a fixed budget, halved when memory runs out. A number b: as many tokens as b of
+        the longest sequences have, which is what ``hf`` computes at most with that batch size.
+        """
+        batch_size = override_bs if self.batch_size == "auto" else self.batch_size
+        if not batch_size:
+            return AUTO_TOKENS["cpu" if self.device.type == "cpu" else "accelerator"]
+        return max(MIN_TOKENS, int(batch_size) * longest)
 
     def _token_request(self, context: list[int], continuation: list[int]) -> TokenRequest:
         if self.backend == "causal":

@@ -1,0 +1,266 @@
+"""The packed path against the plain one: same numbers, whatever the shape of the requests."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_adapters, tiny_model
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lm_eval_lora_ensemble.backend import LoraEnsembleLM
+from lm_eval_lora_ensemble.scoring import plan as planning
+from lm_eval_lora_ensemble.scoring.packed import PackedScorer
+from lm_eval_lora_ensemble.scoring.plain import score_plain
+from lm_eval_lora_ensemble.scoring.plan import make_plan
+from lm_eval_lora_ensemble.scoring.requests import TokenRequest, truncate
+from lm_eval_lora_ensemble.scoring.rows import lay_out
+from lm_eval_lora_ensemble.scoring.trie import PrefixTrie, common_prefix
+
+SMALL_TREES = {"max_tree_tokens": 12, "min_stem_tokens": 3}
+
+tokens = st.integers(0, 5)  # few distinct tokens: many shared prefixes
+sequence = st.lists(tokens, min_size=2, max_size=24)
+
+
+@st.composite
+def request_lists(draw: st.DrawFn) -> list[TokenRequest]:
+    """Requests that extend one another, repeat, nest, and end anywhere."""
+    stems = draw(st.lists(sequence, min_size=1, max_size=3))
+    found = []
+    for _ in range(draw(st.integers(1, 8))):
+        whole = draw(st.sampled_from(stems)) + draw(st.lists(tokens, max_size=8))
+        n_targets = draw(st.integers(1, len(whole) - 1))
+        found.append(truncate(whole[:-n_targets], whole[-n_targets:], draw(st.integers(n_targets, 40))))
+    return found
+
+
+@pytest.fixture(scope="module", params=["llama", "mistral"])
+def model(request, tmp_path_factory) -> LoraEnsembleLM:
+    base = request.getfixturevalue(request.param)
+    adapters = random_adapters(base, tmp_path_factory.mktemp("members"), 3)
+    return LoraEnsembleLM(adapters=str(adapters), device="cpu")
+
+
+def plain(model: LoraEnsembleLM, requests: list[TokenRequest]) -> dict:
+    with torch.inference_mode():
+        return dict(
+            score_plain(
+                requests,
+                model._forward_plain,
+                n_members=model.n_members,
+                batch_size=4,
+                device=model.device,
+            )
+        )
+
+
+def packed(model: LoraEnsembleLM, requests: list[TokenRequest], budget: int = 64, **options: int) -> dict:
+    scorer = PackedScorer(
+        model._packed_model,
+        model._activate,
+        n_members=model.n_members,
+        token_budget=budget,
+        plan_options=options,
+    )
+    with torch.inference_mode():
+        found = list(scorer.score(requests))
+    assert len(found) == len({index for index, _ in found})
+    return dict(found)
+
+
+def assert_same(one: dict, other: dict) -> None:
+    assert sorted(one) == sorted(other)
+    for index, score in one.items():
+        np.testing.assert_allclose(score.loglikelihoods, other[index].loglikelihoods, atol=1e-4)
+        assert score.is_greedy == other[index].is_greedy
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(requests=request_lists(), budget=st.sampled_from([1, 16, 200]), small=st.booleans())
+def test_random_tries_score_as_the_plain_path(model, requests, budget, small):
+    options = SMALL_TREES if small else {}
+    assert_same(packed(model, requests, budget, **options), plain(model, requests))
+
+
+@settings(max_examples=100, deadline=None)
+@given(requests=request_lists(), small=st.booleans())
+def test_every_sequence_is_in_exactly_one_row_and_no_row_attends_sideways(requests, small):
+    trie = PrefixTrie(requests)
+    stack, seen = [make_plan(trie, **(SMALL_TREES if small else {}))], []
+    while stack:
+        stem = stack.pop()
+        stack.extend(stem.children)
+        for row in stem.rows:
+            laid_out = lay_out(trie, row)
+            assert laid_out.tokens.shape == (row.length,)
+            for i, path in laid_out.paths.items():
+                seen.append(i)
+                assert tuple(laid_out.tokens[path]) == trie.sequences[i][row.depth :]
+                assert laid_out.depths[path].tolist() == list(range(row.depth, trie.lengths[i]))
+                if laid_out.mask is not None and len(path):
+                    assert sorted(np.flatnonzero(laid_out.mask[path[-1]])) == sorted(path)
+    assert sorted(seen) == list(range(len(trie.sequences)))
+
+
+@given(requests=request_lists())
+def test_the_trie_counts_distinct_positions(requests):
+    prefixes = {request.tokens[:k] for request in requests for k in range(1, len(request.tokens) + 1)}
+    assert PrefixTrie(requests).n_positions == len(prefixes)
+
+
+@given(sequence, sequence)
+def test_common_prefix(one, other):
+    length = common_prefix(one, other)
+    assert one[:length] == other[:length]
+    assert length == min(len(one), len(other)) or one[length] != other[length]
+
+
+def few_shot_requests(n: int = 12) -> list[TokenRequest]:
+    """A long shared prefix, then documents with four choices each."""
+    draw = np.random.default_rng(3)
+    stem = draw.integers(0, 600, 90).tolist()
+    found = []
+    for _ in range(n):
+        question = draw.integers(0, 600, 14).tolist()
+        found += [truncate(stem + question, draw.integers(0, 600, k).tolist(), 256) for k in (1, 1, 3, 6)]
+    return found
+
+
+def test_shared_prefixes_are_computed_once(model, monkeypatch):
+    requests = few_shot_requests()
+    scorer = PackedScorer(
+        model._packed_model, model._activate, n_members=3, token_budget=512, plan_options={"max_tree_tokens": 64}
+    )
+    with torch.inference_mode():
+        found = dict(scorer.score(requests))
+    assert_same(found, plain(model, requests))
+    naive = sum(len(request.tokens) for request in requests)
+    assert scorer.work.n_computed <= 1.1 * scorer.work.n_positions < 0.3 * naive
+
+
+def test_order_and_pack_size_do_not_matter(model):
+    requests = few_shot_requests(5)
+    forward = packed(model, requests)
+    backward = packed(model, requests[::-1], budget=2000)
+    assert_same(forward, {len(requests) - 1 - i: score for i, score in backward.items()})
+
+
+def test_member_order_only_permutes(model, llama, tmp_path):
+    adapters = random_adapters(llama, tmp_path, 3)
+    names = [str(adapters / f"member_{i:02d}") for i in (2, 0, 1)]
+    requests = few_shot_requests(3)
+    straight = packed(LoraEnsembleLM(adapters=str(adapters), device="cpu"), requests)
+    turned = packed(LoraEnsembleLM(adapters=names, device="cpu"), requests)
+    for i, score in straight.items():
+        np.testing.assert_allclose(score.loglikelihoods[[2, 0, 1]], turned[i].loglikelihoods, atol=1e-5)
+        assert score.is_greedy == turned[i].is_greedy
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"target_modules": "all-linear"},
+        {"target_modules": ["up_proj", "lm_head"]},
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"layers_to_transform": [2]},
+    ],
+    ids=lambda lora: next(iter(lora)) + "-" + str(next(iter(lora.values()))),
+)
+def test_every_kind_of_lora(llama, tmp_path, lora):
+    adapters = random_adapters(llama, tmp_path, 2, spread=0.1, **lora)
+    model = LoraEnsembleLM(adapters=str(adapters), device="cpu")
+    assert model._packed_trial is None
+    assert model._packed_model.shared_layers == (2 if "layers_to_transform" in lora else 0)
+    requests = few_shot_requests(3)
+    assert_same(packed(model, requests, max_tree_tokens=64), plain(model, requests))
+
+
+def test_greedy_that_no_member_alone_decides(model):
+    """Positions left open by the members' own argmax go through the whole vocabulary."""
+    rng = np.random.default_rng(5)
+    requests = []
+    for _ in range(40):
+        context = rng.integers(0, 600, 6).tolist()
+        with torch.inference_mode():
+            mixture = 0.0
+            for member in range(3):
+                model._activate(member)
+                mixture = mixture + model.model(torch.tensor([context])).logits[0, -1].softmax(-1)
+        requests.append(truncate(context, [int(mixture.argmax())], 64))
+    scores = packed(model, requests)
+    assert all(score.is_greedy for score in scores.values())
+
+
+def run(model: LoraEnsembleLM, requests: list[TokenRequest]) -> list:
+    encoded = [(None, [*r.tokens, 0][: -len(r.targets)], list(r.targets)) for r in requests]
+    return model._loglikelihood_tokens(encoded, disable_tqdm=True)
+
+
+def test_out_of_memory_halves_the_budget(model, monkeypatch, caplog):
+    requests = few_shot_requests(40)
+    expected = run(model, requests)
+    original = model._packed_model._run
+
+    def fails_above_100_tokens(batch, *args, **kwargs):
+        if batch.input_ids.shape[0] > 1 and batch.n_computed > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(batch, *args, **kwargs)
+
+    monkeypatch.setattr(model._packed_model, "_run", fails_above_100_tokens)
+    with caplog.at_level(logging.WARNING):
+        found = run(model, requests)
+    np.testing.assert_allclose([v for v, _ in found], [v for v, _ in expected], atol=1e-4)
+    assert "out of memory: continuing with at most" in caplog.text
+
+
+def test_a_sliding_window_in_reach_takes_the_plain_path(tmp_path, caplog):
+    base = tiny_model(tmp_path / "tiny-mistral", "mistral", sliding_window=32)
+    model = LoraEnsembleLM(adapters=str(random_adapters(base, tmp_path / "e", 2)), device="cpu", batch_size=4)
+    short, long = few_shot_requests(1)[:1], few_shot_requests(2)
+    with caplog.at_level(logging.WARNING):
+        run(model, [TokenRequest(short[0].tokens[:20], short[0].targets)])
+        assert "request by request" not in caplog.text
+        found = run(model, long)
+        assert "beyond the sliding window of 32" in caplog.text
+    for (value, greedy), score in zip(found, plain(model, long).values(), strict=False):
+        assert value.members.shape == score.loglikelihoods.shape and isinstance(greedy, bool)
+
+
+def test_a_model_that_packed_rows_would_get_wrong_is_found_out(llama, ensemble, monkeypatch, caplog):
+    model = LoraEnsembleLM(adapters=str(ensemble), device="cpu")
+    causal = model.model.get_base_model()
+    whole = causal.forward
+
+    def scaled(*args, **kwargs):
+        output = whole(*args, **kwargs)
+        output.logits = output.logits * 0.8  # as some architectures do after the head
+        return output
+
+    monkeypatch.setattr(causal, "forward", scaled)
+    requests = few_shot_requests(2)
+    with caplog.at_level(logging.WARNING):
+        found = run(model, requests)
+    assert "differ from whole sequences" in caplog.text
+    expected = plain(model, requests)
+    np.testing.assert_allclose([v.members for v, _ in found], [expected[i].loglikelihoods for i in range(8)], atol=1e-4)
+
+
+def test_plan_constants_only_steer(model, monkeypatch):
+    requests = few_shot_requests(4)
+    expected = packed(model, requests)
+    monkeypatch.setattr(planning, "LINEAR", 1)
+    assert_same(packed(model, requests), expected)
+    monkeypatch.setattr(planning, "LINEAR", 10**9)
+    assert_same(packed(model, requests), expected)
+
+
+@pytest.mark.parametrize(("context", "continuation"), [([], [1]), ([1], []), ([1], [1] * 9)])
+def test_requests_that_cannot_be_scored(context, continuation):
+    with pytest.raises(ValueError, match="token"):
+        truncate(context, continuation, 8)
