@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +93,47 @@ def make_model(folder: Path, kind: str = "llama", seed: int = 0, **config: Any) 
     config_class, model_class = classes[kind]
     model_class(config_class(**sizes)).save_pretrained(folder)
     return folder
+
+
+def make_recipe(folder: Path, **changes: Any) -> Recipe:
+    """A recipe over the tiny model and task in ``folder``, which are made on first use."""
+    if not (folder / "base").exists():
+        make_model(folder / "base")
+        make_task(folder / "tasks")
+    values = {
+        "base_model": str(folder / "base"),
+        "task": "tiny_colours",
+        "include_path": str(folder / "tasks"),
+        "output": str(folder / "ensemble"),
+        "members": 2,
+        "objective": "choices",
+        "learning_rate": 5e-3,
+        "batch_size": 8,
+        "dtype": "float32",
+        "device": "cpu",
+    }
+    return Recipe.from_mapping({**values, **changes})
+
+
+def make_trainer(recipe: Recipe, members: Sequence[int] | None = None) -> Trainer:
+    """A trainer of some members (default: all) that has not begun."""
+    indices = range(recipe.members) if members is None else members
+    seeds = {member_name(i): recipe.seed + i for i in indices}
+    return Trainer(recipe, EnsembleFolder(recipe), seeds, torch.device("cpu"))
+
+
+def train_steps(trainer: Trainer, steps: int) -> dict[str, dict[str, torch.Tensor]]:
+    """Take optimiser steps without writing anything; return every member's weights."""
+    engine, step = trainer.engine, 0
+    for epoch in range(1, steps + 1):
+        for batches in trainer.order.epoch(epoch, list(trainer.members.values())):
+            engine.step(batches, step, engine.names)
+            step += 1
+            if step == steps:
+                return {name: engine.weights(name) for name in engine.names}
+    raise AssertionError("no steps")
+
+
+def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[key] - other[key]).abs().max()) for key in one)

@@ -63,6 +63,8 @@ def attach(base: Base, recipe: Recipe, members: dict[str, int]) -> Any:
                     ) from error
             else:
                 model.add_adapter(name, config)
+            # PEFT puts the name the weights were loaded by; an adapter has to name what others can load.
+            config.base_model_name_or_path = base.name
     return model
 
 

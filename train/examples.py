@@ -60,7 +60,7 @@ def load(recipe: Recipe, base: Base) -> Data:
     """
     training: list[Example] = []
     validation: list[Example] = []
-    for name, task in load_tasks(recipe.task).items():
+    for name, task in load_tasks(recipe.task, recipe.include_path).items():
         training += _split(recipe, base, name, task, split="training")
         if task.has_validation_docs() and recipe.validation_limit != 0:
             validation += _split(recipe, base, name, task, split="validation")
@@ -73,9 +73,9 @@ def load(recipe: Recipe, base: Base) -> Data:
     return Data(training, validation)
 
 
-def load_tasks(names: Sequence[str]) -> dict[str, Any]:
+def load_tasks(names: Sequence[str], include_path: str | None = None) -> dict[str, Any]:
     """Load lm-eval tasks by name, groups expanded; each must be multiple choice with training data."""
-    manager = _task_manager()
+    manager = _task_manager(include_path)
     known = set(manager.all_tasks)
     for name in names:
         if name not in known:
@@ -101,14 +101,14 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
     return tasks
 
 
-def _task_manager() -> Any:
+def _task_manager(include_path: str | None) -> Any:
     """Return a TaskManager that sees this package's tasks, whether or not the start-up file is active."""
     from lm_eval.tasks import TaskManager
 
     from lm_eval_lora_ensemble.plugin import add_tasks_folder
 
     add_tasks_folder()
-    return TaskManager()
+    return TaskManager(include_path=include_path)
 
 
 def _num_fewshot(recipe: Recipe, task: Any) -> int:

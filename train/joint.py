@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +78,10 @@ class JointEngine(Engine):
             lls = loglikelihoods(self.head.logits(batch), batch)
             losses = document_losses(lls, batch, self.recipe.objective).sum(-1)
             # Under gradient checkpointing the backward pass runs the layers again, so the line-up must stand.
-            losses.sum().backward()
+            with warnings.catch_warnings():
+                # The columns of the member matrix are strided on purpose: its rows are each member's.
+                warnings.filterwarnings("ignore", message="grad and param do not obey")
+                losses.sum().backward()
         return losses.detach()
 
     def _together(self, names: Sequence[str]) -> Iterator[Sequence[str]]:

@@ -127,6 +127,7 @@ CHECKS: dict[str, Check] = {
     "base_model": text(),
     "revision": Check("a branch, tag or commit, or null", _revision),
     "task": texts(),
+    "include_path": optional(text()),
     "num_fewshot": optional(integer(0)),
     "objective": choice("answer", "choices"),
     "output": text(),

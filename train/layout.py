@@ -11,8 +11,10 @@ batch, which is what makes a member trained jointly equal to the member trained 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from lm_eval_lora_ensemble.train.examples import Choice, Example
@@ -195,8 +197,27 @@ def _tree_mask(rows: Sequence[Row], length: int) -> tuple[torch.Tensor, torch.Te
     return mask, _pad([row.positions for row in rows], length)
 
 
-def tree_saves(examples: Sequence[Example]) -> float:
+def use_tree_rows(model: Any, examples: Sequence[Example]) -> bool:
+    """Whether tree rows are both possible with this model and fewer tokens.
+
+    Possible: attention that takes an arbitrary mask, positions given by ids, and no window (or none that a
+    row could outgrow). Recurrent layers see a row in order, whatever the mask; ALiBi models take no ids.
+    """
+    config = model.config.get_text_config()
+    longest = max(len(tree(example.choices).tokens) for example in examples)
+    window = getattr(config, "sliding_window", None) or longest
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    possible = (
+        config._attn_implementation in {"sdpa", "eager"}
+        and "position_ids" in inspect.signature(model.forward).parameters
+        and kinds <= {"full_attention", "sliding_attention"}
+        and not getattr(config, "alibi", False)
+        and longest <= window
+    )
+    return possible and tree_saving(examples) > 1
+
+
+def tree_saving(examples: Sequence[Example]) -> float:
     """Return how many times fewer tokens tree rows take than one row a choice."""
     rows = sum(len(chain(choice).tokens) for example in examples for choice in example.choices)
-    trees = sum(len(tree(example.choices).tokens) for example in examples)
-    return rows / trees
+    return rows / sum(len(tree(example.choices).tokens) for example in examples)

@@ -38,6 +38,7 @@ class Recipe:
     base_model: str
     task: tuple[str, ...]
     revision: str | None = None
+    include_path: str | None = None
     num_fewshot: int | None = None
     objective: str = "answer"
     output: str = "./ensemble"

@@ -14,7 +14,7 @@ from lm_eval_lora_ensemble.train.checkpoint import Checkpoints
 from lm_eval_lora_ensemble.train.engine import learning_rate
 from lm_eval_lora_ensemble.train.files import writing
 from lm_eval_lora_ensemble.train.joint import JointEngine
-from lm_eval_lora_ensemble.train.layout import Layout, tree_saves
+from lm_eval_lora_ensemble.train.layout import Layout, use_tree_rows
 from lm_eval_lora_ensemble.train.metrics import assemble
 from lm_eval_lora_ensemble.train.order import Order
 from lm_eval_lora_ensemble.train.plain import PlainEngine
@@ -69,11 +69,10 @@ class Trainer:
         self.members = members
         self.base = base.load(recipe, device)
         data = examples.load(recipe, self.base)
-        use_tree = takes_tree_rows(self.base.model)
         self.layout = Layout(
             data.training,
             gold_only=recipe.objective == "answer",
-            use_tree=use_tree and tree_saves(data.training) > 1,
+            use_tree=use_tree_rows(self.base.model, data.training),
         )
         self.order = Order(
             self.layout.lengths(),
@@ -83,9 +82,10 @@ class Trainer:
             shuffle=recipe.shuffle,
             length_groups=recipe.length_groups,
         )
-        self.validation = (
-            Validation(data.validation, recipe.batch_size, use_tree=use_tree) if data.validation else None
-        )
+        self.validation = None
+        if data.validation:
+            use_tree = use_tree_rows(self.base.model, data.validation)
+            self.validation = Validation(data.validation, recipe.batch_size, use_tree=use_tree)
         steps = self.order.steps_per_epoch * recipe.epochs
         self.total_steps = min(steps, recipe.max_steps or steps)
         self.progress = {name: Progress() for name in members}
@@ -242,10 +242,3 @@ class Trainer:
             progress.best_epoch = epoch
         elif self.recipe.early_stopping and epoch - best >= self.recipe.early_stopping:
             progress.stopped = record["stopped"] = True
-
-
-def takes_tree_rows(model: Any) -> bool:
-    """Whether the model's attention takes an arbitrary mask over a whole row."""
-    config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    return config._attn_implementation in ("sdpa", "eager") and (not window or window >= 4096)

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from lm_eval_lora_ensemble.train.engine import Engine
 from lm_eval_lora_ensemble.train.examples import Example
-from lm_eval_lora_ensemble.train.layout import Layout, tree_saves
+from lm_eval_lora_ensemble.train.layout import Layout
 from lm_eval_lora_ensemble.train.order import round_up
 
 FloatArray = npt.NDArray[np.float64]
@@ -20,11 +20,11 @@ class Validation:
     Args:
         examples: the documents.
         batch_size: documents a forward pass, for each member.
-        use_tree: whether the model takes tree rows.
+        use_tree: see :class:`Layout`.
     """
 
     def __init__(self, examples: Sequence[Example], batch_size: int, *, use_tree: bool) -> None:
-        self.layout = Layout(examples, gold_only=False, use_tree=use_tree and tree_saves(examples) > 1)
+        self.layout = Layout(examples, gold_only=False, use_tree=use_tree)
         self.batch_size = batch_size
         self.is_gold = np.zeros((len(examples), self.layout.choices), dtype=bool)
         for d, example in enumerate(examples):
