@@ -79,7 +79,7 @@ def assert_same(one: dict, other: dict) -> None:
         assert score.is_greedy == other[index].is_greedy
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(requests=request_lists(), budget=st.sampled_from([1, 16, 200]), small=st.booleans())
 def test_random_tries_score_as_the_plain_path(model, requests, budget, small):
     options = SMALL_TREES if small else {}

@@ -65,6 +65,7 @@ def shared_layers(model: Any) -> int:
     return 0
 
 
+@torch.inference_mode()
 def trial_error(
     packed: PackedModel,
     activate: Callable[[int], None],
