@@ -11,6 +11,10 @@ from __future__ import annotations
 import os
 import sys
 
+TYPE_CHECKING = False  # as typing has it, without the cost of importing typing at every start
+if TYPE_CHECKING:
+    from typing import Any
+
 # lm-eval module -> function of plugin.py to call once that module has executed
 _AFTER = {"lm_eval.models": "register_model", "lm_eval.tasks.manager": "add_tasks_folder"}
 
@@ -28,23 +32,29 @@ def _introduce(name: str) -> None:
 class _Finder:
     """Finds the modules of ``_AFTER`` with the other finders and extends how they execute."""
 
-    def find_spec(self, name, path=None, target=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name not in _AFTER:
             return None
         for finder in sys.meta_path:
             find_spec = None if finder is self else getattr(finder, "find_spec", None)
             spec = find_spec and find_spec(name, path, target)
             if spec:
-                execute = getattr(spec.loader, "exec_module", None)
-                if execute:
-
-                    def exec_module(module):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-                        execute(module)
-                        _introduce(name)
-
-                    spec.loader.exec_module = exec_module
+                self._extend(spec.loader, name)
                 return spec
         return None
+
+    @staticmethod
+    def _extend(loader: Any, name: str) -> None:
+        """Let this one loader introduce the plugin once it has executed its module."""
+        execute = getattr(loader, "exec_module", None)
+        if execute is None:
+            return
+
+        def exec_module(module: Any) -> None:
+            execute(module)
+            _introduce(name)
+
+        loader.exec_module = exec_module
 
 
 def install(*, even_if_disabled: bool = False) -> None:
@@ -53,7 +63,7 @@ def install(*, even_if_disabled: bool = False) -> None:
         return
     if any(type(finder).__module__ == __name__ for finder in sys.meta_path):
         return
-    sys.meta_path.insert(0, _Finder())  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _Finder())
     for name in _AFTER:
         if name in sys.modules:
             _introduce(name)

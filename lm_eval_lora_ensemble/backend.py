@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 install_excepthook()
 
 
-class LoraEnsembleLM(HFLM):  # type: ignore[misc]
+class LoraEnsembleLM(HFLM):
     """An ensemble of LoRA adapters on one base model, as one lm-eval model.
 
     Args:
@@ -69,7 +69,9 @@ class LoraEnsembleLM(HFLM):  # type: ignore[misc]
     ) -> None:
         for refused in ("peft", "delta"):
             if kwargs.get(refused):
-                raise EnsembleError(f"{refused}= does not go with lora-ensemble; name adapters with adapters=")
+                raise EnsembleError(
+                    f"{refused}= does not go with lora-ensemble; name adapters with adapters="
+                )
         if average not in AVERAGES:
             raise EnsembleError(f"average={average}: use one of {', '.join(AVERAGES)}")
         for name, value in (("members", members), ("epoch", epoch)):

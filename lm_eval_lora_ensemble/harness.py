@@ -133,7 +133,9 @@ def gold_index(task: Any, doc: dict[str, Any], n_choices: int) -> int | None:
     return int(gold)
 
 
-def _extended(task: Any, doc: dict[str, Any], results: Sequence[Any], stock: dict[str, Any]) -> dict[str, Any]:
+def _extended(
+    task: Any, doc: dict[str, Any], results: Sequence[Any], stock: dict[str, Any]
+) -> dict[str, Any]:
     """Return the stock metrics of one document with ours added."""
     if task.OUTPUT_TYPE != "multiple_choice" or "bypass" in task._metric_fn_list:
         return stock
@@ -282,7 +284,7 @@ def _reported(task: Any) -> bool:
     return "_uncertainty" in vars(task) and _state(task).reported
 
 
-class UncertaintyTask(ConfigurableTask):  # type: ignore[misc]
+class UncertaintyTask(ConfigurableTask):
     """A multiple-choice task that reports uncertainty for every model, a plain one being one member.
 
     In YAML: ``class: !function lm_eval_lora_ensemble.harness.UncertaintyTask``, any key of an lm-eval task,
@@ -296,20 +298,22 @@ class UncertaintyTask(ConfigurableTask):  # type: ignore[misc]
     def __init__(self, config: dict[str, Any], **kwargs: Any) -> None:
         _install()
         own = {key: value for key, value in config.items() if key != "class"}
-        options = own.pop("uncertainty", None) or {}
+        try:
+            state = UncertaintyState(**(own.pop("uncertainty", None) or {}))
+        except TypeError as error:
+            raise EnsembleError(f"task {own.get('task')}, key uncertainty: {error}") from error
         stock = _stock_config(own.pop("stock")) if "stock" in own else {}
         metadata = {**(stock.get("metadata") or {}), **(own.get("metadata") or {})}
         super().__init__(config={**stock, **own, "metadata": metadata}, **kwargs)
-        try:
-            self._uncertainty = UncertaintyState(**options)
-        except TypeError as error:
-            raise EnsembleError(f"task {own.get('task')}, key uncertainty: {error}") from error
+        self._uncertainty = state
 
 
 def _stock_config(path: str) -> dict[str, Any]:
     """Load a stock task's configuration from the installed lm-eval."""
     file = Path(lm_eval.tasks.__file__).parent / path
     if not file.is_file():
-        raise EnsembleError(f"this lm-eval has no stock task at {file}; the plugin needs lm-eval 0.4.13 or later")
+        raise EnsembleError(
+            f"this lm-eval has no stock task at {file}; the plugin needs lm-eval 0.4.13 or later"
+        )
     config: dict[str, Any] = load_yaml(file, resolve_func=True)
     return {key: value for key, value in config.items() if key not in ("tag", "group", "task_list", "task")}

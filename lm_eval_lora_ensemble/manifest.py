@@ -85,7 +85,11 @@ class Manifest:
 def sha256(path: Path) -> str:
     """Return the hexadecimal sha256 of a file."""
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(stream)
+        return (
+            hashlib.file_digest(stream, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _digest(stream)
+        )
 
 
 def _digest(stream: Any) -> str:

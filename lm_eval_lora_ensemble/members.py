@@ -165,7 +165,7 @@ def _local(item: str | Path) -> Path:
     if path.is_dir():
         return path.resolve()
     text = str(item)
-    if not _HUB_ID.fullmatch(text) or Path(text.split("/")[0]).exists():
+    if not _HUB_ID.fullmatch(text) or Path(text.split("/", maxsplit=1)[0]).exists():
         raise EnsembleError(f"no adapter folder {text!r} here ({Path.cwd()}); check the path")
     from huggingface_hub import snapshot_download
 
@@ -182,7 +182,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     """Read an adapter's configuration, having checked that the folder is a LoRA adapter with weights."""
     path = folder / CONFIG
     if not path.is_file():
-        raise EnsembleError(f"{folder} is not a PEFT adapter: it has no {CONFIG}; name the adapter's own folder")
+        raise EnsembleError(
+            f"{folder} is not a PEFT adapter: it has no {CONFIG}; name the adapter's own folder"
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -238,7 +240,9 @@ def _epoch_folder(folder: Path, entry: manifest.MemberEntry | None, epoch: int) 
         }
     if epoch not in kept:
         there = ", ".join(map(str, sorted(kept))) or "none"
-        raise EnsembleError(f"{folder} has no epoch {epoch}; kept epochs: {there} (0 is the base model alone)")
+        raise EnsembleError(
+            f"{folder} has no epoch {epoch}; kept epochs: {there} (0 is the base model alone)"
+        )
     return kept[epoch]
 
 

@@ -12,10 +12,10 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import peft  # noqa: E402 - the environment must be set first
-import tokenizers  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
+import peft
+import tokenizers
+import torch
+import transformers
 
 PROJECT = Path(__file__).resolve().parents[1]
 HUB = PROJECT.parent / "shared" / "hub"
@@ -49,7 +49,9 @@ def tiny_model(folder: Path, architecture: str, **overrides: object) -> Path:
         "tie_word_embeddings": False,
         **overrides,
     }
-    config = {"llama": transformers.LlamaConfig, "mistral": transformers.MistralConfig}[architecture](**settings)
+    config = {"llama": transformers.LlamaConfig, "mistral": transformers.MistralConfig}[architecture](
+        **settings
+    )
     torch.manual_seed(7)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():  # wider than the default initialisation: peaked, well separated distributions
@@ -60,9 +62,7 @@ def tiny_model(folder: Path, architecture: str, **overrides: object) -> Path:
     return folder
 
 
-def random_adapters(
-    base: Path, folder: Path, n_members: int, *, spread: float = 0.3, **lora: object
-) -> Path:
+def random_adapters(base: Path, folder: Path, n_members: int, *, spread: float = 0.3, **lora: object) -> Path:
     """Save ``n_members`` LoRA adapters with random, non-zero A and B."""
     settings: dict[str, object] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], **lora}
     for member in range(n_members):

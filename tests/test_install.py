@@ -82,7 +82,15 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def built(checkout: Path) -> Path:
     """The folder with the wheel and the sdist."""
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(checkout / "dist"), str(checkout)]
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--no-isolation",
+        "--outdir",
+        str(checkout / "dist"),
+        str(checkout),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return checkout / "dist"
@@ -134,7 +142,10 @@ def test_python_3_15_start_entry_resolves(installed: Environment):
 
 
 def test_interpreter_start_imports_nothing_heavy_and_costs_little(installed: Environment):
-    assert installed.code("import sys; print([m for m in ('torch', 'lm_eval', 'numpy') if m in sys.modules])") == "[]"
+    assert (
+        installed.code("import sys; print([m for m in ('torch', 'lm_eval', 'numpy') if m in sys.modules])")
+        == "[]"
+    )
     timed = (
         "import sys, time\n"
         "line = open(next(p + '/lm_eval_lora_ensemble.pth' for p in sys.path if p.endswith('site-packages'))).read()\n"
@@ -147,7 +158,10 @@ def test_interpreter_start_imports_nothing_heavy_and_costs_little(installed: Env
 
 
 def test_import_of_the_package_leaves_torch_alone(installed: Environment):
-    code = "import sys, lm_eval_lora_ensemble as p, lm_eval_lora_ensemble.cli; print(p.__version__, 'torch' in sys.modules)"
+    code = (
+        "import sys, lm_eval_lora_ensemble as package, lm_eval_lora_ensemble.cli\n"
+        "print(package.__version__, 'torch' in sys.modules)"
+    )
     version, torch_loaded = installed.code(code).split()
     assert version[0].isdigit() and torch_loaded == "False"
 
@@ -161,7 +175,9 @@ def test_built_in_models_stay_and_opt_out_works(installed: Environment):
 
 
 def test_tasks_are_found_with_no_flag_and_a_users_folder_wins(installed: Environment, tmp_path: Path):
-    (tmp_path / "mine.yaml").write_text("task: arc_easy_uq\ndataset_path: mine\noutput_type: multiple_choice\n")
+    (tmp_path / "mine.yaml").write_text(
+        "task: arc_easy_uq\ndataset_path: mine\noutput_type: multiple_choice\n"
+    )
     code = (
         "from lm_eval.tasks import TaskManager\n"
         f"manager = TaskManager(include_path={str(tmp_path)!r})\n"

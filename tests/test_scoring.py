@@ -133,7 +133,11 @@ def few_shot_requests(n: int = 12) -> list[TokenRequest]:
 def test_shared_prefixes_are_computed_once(model, monkeypatch):
     requests = few_shot_requests()
     scorer = PackedScorer(
-        model._packed_model, model._activate, n_members=3, token_budget=512, plan_options={"max_tree_tokens": 64}
+        model._packed_model,
+        model._activate,
+        n_members=3,
+        token_budget=512,
+        plan_options={"max_tree_tokens": 64},
     )
     with torch.inference_mode():
         found = dict(scorer.score(requests))
@@ -248,7 +252,9 @@ def test_a_model_that_packed_rows_would_get_wrong_is_found_out(llama, ensemble, 
         found = run(model, requests)
     assert "differ from whole sequences" in caplog.text
     expected = plain(model, requests)
-    np.testing.assert_allclose([v.members for v, _ in found], [expected[i].loglikelihoods for i in range(8)], atol=1e-4)
+    np.testing.assert_allclose(
+        [v.members for v, _ in found], [expected[i].loglikelihoods for i in range(8)], atol=1e-4
+    )
 
 
 def test_plan_constants_only_steer(model, monkeypatch):

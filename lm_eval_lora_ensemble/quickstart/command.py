@@ -23,7 +23,9 @@ _KIND = {"quickstart_countries": "in-domain", "quickstart_elements": "out-of-dom
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
-    parser.add_argument("--output", type=Path, default=Path("quickstart"), help="folder to write (default: quickstart)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("quickstart"), help="folder to write (default: quickstart)"
+    )
     parser.add_argument("--members", type=int, help="number of members (default: the recipe's five)")
 
 

@@ -23,7 +23,7 @@ _LOGITS_AT_ONCE = 1 << 25
 KeyValues = dict[int, tuple[torch.Tensor, torch.Tensor]]
 
 
-class PrefixCache(DynamicCache):  # type: ignore[misc]
+class PrefixCache(DynamicCache):
     """Keys and values of a prefix, put before those of every row of a batch.
 
     Unlike its base class it does not grow with use, so any number of batches can run on one prefix.

@@ -67,9 +67,7 @@ def _score_batch(
             chosen = log_probs.gather(1, targets[i][:, None]).squeeze(1)
             sums[i, member] = chosen.double().sum().item()
             mixtures[i].add(log_probs, chosen.cumsum(0) - chosen)
-    return [
-        Score(sums[i], bool(mixtures[i].matches(targets[i]).all())) for i in range(len(chunk))
-    ]
+    return [Score(sums[i], bool(mixtures[i].matches(targets[i]).all())) for i in range(len(chunk))]
 
 
 def _collate(chunk: Sequence[TokenRequest], device: torch.device, encoder_decoder: bool) -> Batch:

@@ -18,6 +18,7 @@ steer the plan; no result depends on them.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -77,7 +78,7 @@ def make_plan(
             leaves[id(child)] = []
             stem = child
         cuts = [start, *(start + 1 + np.flatnonzero(inner == prefix)).tolist(), stop]
-        work.extend((low, high, stem) for low, high in zip(cuts, cuts[1:], strict=False))
+        work.extend((low, high, stem) for low, high in pairwise(cuts))
     for stem in stems:
         stem.rows = _rows(trie, sorted(leaves[id(stem)]), stem.end)
     return root

@@ -29,7 +29,9 @@ def why_not(model: Any, longest: int) -> str | None:
     config = causal.config.get_text_config()
     if getattr(config, "is_encoder_decoder", False):
         return "the model is an encoder-decoder"
-    kinds = {str(getattr(c.peft_type, "value", c.peft_type)) for c in getattr(model, "peft_config", {}).values()}
+    kinds = {
+        str(getattr(c.peft_type, "value", c.peft_type)) for c in getattr(model, "peft_config", {}).values()
+    }
     if not kinds <= {"LORA"}:
         return f"adapters of type {', '.join(sorted(kinds - {'LORA'}))} are not LoRA"
     attention = getattr(config, "_attn_implementation", None)
@@ -86,7 +88,13 @@ def trial_error(
     vocabulary = packed.head.weight.shape[0]
     draw = np.random.default_rng(0).integers(0, vocabulary, size=(5, 8)).tolist()
     stem, one, other, third, fourth = (tuple(part) for part in draw)
-    sequences = [stem + one, stem + one[:3] + other, stem + third, stem + third[:5] + fourth, stem[:3] + fourth]
+    sequences = [
+        stem + one,
+        stem + one[:3] + other,
+        stem + third,
+        stem + third[:5] + fourth,
+        stem[:3] + fourth,
+    ]
     requests = [TokenRequest(sequence[:-1], sequence[2:]) for sequence in sequences]
     scorer = PackedScorer(
         packed,
@@ -98,7 +106,9 @@ def trial_error(
     worst = 0.0
     for index, score in scorer.score(requests):
         request = requests[index]
-        worst = max(worst, abs(score.loglikelihoods[0] - _plain(request, whole_logits)) / len(request.targets))
+        worst = max(
+            worst, abs(score.loglikelihoods[0] - _plain(request, whole_logits)) / len(request.targets)
+        )
     tolerance = _TOLERANCE.get(packed.dtype, _HALF_TOLERANCE)
     return None if worst <= tolerance else worst
 
@@ -107,4 +117,3 @@ def _plain(request: TokenRequest, whole_logits: Callable[[torch.Tensor], torch.T
     tokens = torch.tensor([request.tokens])
     log_probs = torch.log_softmax(whole_logits(tokens)[0, -len(request.targets) :].float(), dim=-1).cpu()
     return float(log_probs[range(len(request.targets)), list(request.targets)].double().sum())
-
