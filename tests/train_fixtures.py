@@ -7,8 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
+from lm_eval_lora_ensemble.train import examples
+from lm_eval_lora_ensemble.train.folder import EnsembleFolder, member_name
+from lm_eval_lora_ensemble.train.recipe import Recipe
+from lm_eval_lora_ensemble.train.trainer import Trainer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
@@ -17,6 +22,26 @@ from transformers import (
     MistralForCausalLM,
     PreTrainedTokenizerFast,
 )
+
+
+@pytest.fixture(autouse=True)
+def quick_tasks(monkeypatch):
+    """Leave lm-eval's thousands of own tasks out of the index, which takes seconds to build."""
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setattr(
+        examples, "_task_manager", lambda path: TaskManager(include_path=path, include_defaults=False)
+    )
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny matrices on shared cores: threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 COLOURS = ["red", "green", "blue", "yellow", "dark orange", "light grey"]
 THINGS = ["apple", "leaf", "sky", "sun", "carrot", "stone", "river", "old wooden boat", "cloud", "lamp"]

@@ -20,6 +20,8 @@ def lora_config(recipe: Recipe, base: Base) -> Any:
     from peft import LoraConfig, TaskType
 
     modules = recipe.target_modules
+    if modules == "all-linear" and recipe.layers is not None:
+        modules = tuple(linear_names(base.model))  # PEFT restricts named modules to layers, not this word
     return LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         base_model_name_or_path=base.name,
@@ -69,14 +71,14 @@ def attach(base: Base, recipe: Recipe, members: dict[str, int]) -> Any:
 
 
 def linear_names(model: Any) -> list[str]:
-    """Return the distinct last names of a model's linear layers."""
-    return sorted(
-        {
-            name.rpartition(".")[2]
-            for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear)
-        }
+    """Return the distinct last names of a model's linear layers, its output head aside."""
+    head = model.get_output_embeddings()
+    linear = (
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
     )
+    return sorted({name.rpartition(".")[2] for name in linear})
 
 
 def initial_folders(recipe: Recipe) -> list[Path]:

@@ -84,9 +84,9 @@ def load_tasks(names: Sequence[str], include_path: str | None = None) -> dict[st
             raise EnsembleError(f"lm-eval knows no task {name!r}; {hint}")
     try:
         tasks: dict[str, Any] = manager.load(list(names))["tasks"]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, LookupError, ImportError) as error:
         raise EnsembleError(
-            f"task {', '.join(names)} cannot be loaded: {str(error).strip().splitlines()[0]}; "
+            f"task {', '.join(names)} cannot be loaded: {type(error).__name__}: {first_line(error)}; "
             "check its name and that its dataset can be had from here"
         ) from error
     for name, task in tasks.items():
@@ -99,6 +99,11 @@ def load_tasks(names: Sequence[str], include_path: str | None = None) -> dict[st
                 f"task {name!r} has no training split; name a task that has one, or give it a training_split"
             )
     return tasks
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of another library's message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _task_manager(include_path: str | None) -> Any:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_GROUP_BATCHES = 16
+_GROUPS = 16  # wanted; fewer where a group would have less than _LEAST_BATCHES
+_LEAST_BATCHES, _MOST_BATCHES = 4, 32  # batches a group: enough to mix documents, few enough to be alike
 _ROUND_TO = 8  # rows are padded to a multiple of this; matrix kernels like it
 _VISITS, _DOCUMENTS = 1, 2  # independent random streams
 
@@ -72,7 +73,8 @@ class Order:
     def _groups(self, by_length: bool) -> list[np.ndarray]:
         if not by_length:
             return [np.arange(len(self.lengths))]
-        size = self.batch_size * _GROUP_BATCHES
+        batches = len(self.lengths) // self.batch_size // _GROUPS
+        size = self.batch_size * min(max(batches, _LEAST_BATCHES), _MOST_BATCHES)
         by_size = np.argsort(self.lengths, kind="stable")
         return [by_size[i : i + size] for i in range(0, len(by_size), size)]
 

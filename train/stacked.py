@@ -116,7 +116,7 @@ class _AddLoRA(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # noqa: PLR0917 – autograd passes positional arguments only
+    def forward(
         ctx: Any,
         y: torch.Tensor,
         x: torch.Tensor,

@@ -1,0 +1,146 @@
+"""Documents: what a member trains on is what lm-eval will score."""
+
+import pytest
+from lm_eval.api.instance import Instance
+from lm_eval_lora_ensemble.train import base, examples
+from train_fixtures import make_recipe, make_task, one_thread, quick_tasks  # noqa: F401
+
+from lm_eval_lora_ensemble.errors import EnsembleError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("examples")
+    recipe = make_recipe(folder)
+    make_task(folder / "tasks", "varying_context", **VARYING)
+    make_task(folder / "tasks", "empty_context", doc_to_text="", target_delimiter="")
+    make_task(folder / "tasks", "by_name", doc_to_target="{{choices[gold]}}")
+    make_task(folder / "tasks", "several_golds", doc_to_target=[0, 2])
+    make_task(folder / "tasks", "no_training", train=0)
+    make_task(folder / "tasks", "generating", output_type="generate_until", doc_to_choice=None)
+    make_task(folder / "tasks", "wrong_gold", doc_to_target="{{gold + 9 * (gold == 2)}}")
+    make_task(
+        folder / "tasks", "few_shots", train=4, num_fewshot=3, fewshot_split="train", description="Answer."
+    )
+    return folder, base.load(recipe, base.pick_device("cpu"))
+
+
+# The blank is filled with each choice; what follows is the same for all: the form of winogrande.
+VARYING = {
+    "doc_to_text": "gold",
+    "doc_to_choice": "{{choices}}",
+    "doc_to_target": "{{', said the ' ~ question}}",
+    "target_delimiter": "",
+}
+
+
+def load(folder, **changes):
+    path, loaded = folder
+    return examples.load(make_recipe(path, **changes), loaded)
+
+
+@pytest.mark.parametrize("task", ["tiny_colours", "varying_context", "empty_context", "by_name"])
+def test_tokens_and_gold_are_those_of_the_evaluation(folder, task, monkeypatch):
+    path, loaded = folder
+    data = load(folder, task=task)
+    assert len(data.training) == 44
+    assert len(data.validation) == 12
+    stock = examples.load_tasks([task], str(path / "tasks"))[task]
+    seen = []
+    monkeypatch.setattr(
+        loaded.encoder, "_loglikelihood_tokens", lambda requests, **_: seen.extend(requests) or []
+    )
+    for doc, example in zip(stock.training_docs(), data.training, strict=True):
+        context = stock.fewshot_context(doc, 0)
+        requests = stock.construct_requests(doc=doc, ctx=context, metadata=(task, 0, 1))
+        assert all(isinstance(request, Instance) for request in requests)
+        seen.clear()
+        loaded.encoder.loglikelihood(requests, disable_tqdm=True)
+        assert [(tuple(c), tuple(t)) for _, c, t in seen] == [
+            (choice.context, choice.continuation) for choice in example.choices
+        ]
+        # lm-eval itself finds the gold choice right when it scores highest
+        lls = [(0.0 if i in example.gold else -9.0, False) for i in range(len(example.choices))]
+        assert stock.process_results(doc, lls)["acc"] == 1.0
+
+
+def test_contexts_vary_where_the_task_varies_them(folder):
+    example = load(folder, task="varying_context").training[1]
+    assert len({choice.context for choice in example.choices}) == len(example.choices)
+    assert len({choice.continuation for choice in example.choices}) == 1
+
+
+def test_several_right_answers_are_kept(folder):
+    assert load(folder, task="several_golds").training[0].gold == (0, 2)
+
+
+def test_a_document_is_never_its_own_shot(folder):
+    path, loaded = folder
+    data = load(folder, task="few_shots")
+    docs = list(examples.load_tasks(["few_shots"], str(path / "tasks"))["few_shots"].training_docs())
+    for example, doc in zip(data.training, docs, strict=True):
+        prompt = loaded.encoder.tokenizer.decode(example.choices[0].context)
+        assert prompt.count(f"Question: {doc['question']}\n") == 1
+        assert prompt.count("Question:") == 4
+
+
+def test_limits_take_the_first_or_a_drawn_subset(folder):
+    first = [e.doc_id for e in load(folder, train_limit=5).training]
+    drawn = [e.doc_id for e in load(folder, train_limit=5, subset_seed=3).training]
+    assert first == [0, 1, 2, 3, 4]
+    assert drawn == sorted(set(drawn))
+    assert drawn != first
+    assert drawn == [e.doc_id for e in load(folder, train_limit=5, subset_seed=3).training]
+    assert load(folder, validation_limit=0).validation == []
+
+
+def test_tasks_are_mixed(folder):
+    data = load(folder, task=["tiny_colours", "by_name"], train_limit=3)
+    assert [e.task for e in data.training] == ["tiny_colours"] * 3 + ["by_name"] * 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "tiny_colour"}, "lm-eval knows no task 'tiny_colour'; did you mean 'tiny_colours'?"),
+        ({"task": "no_training"}, "task 'no_training' has no training split"),
+        ({"task": "generating"}, "task 'generating' is generate_until"),
+        ({"task": "wrong_gold"}, "document 2 of wrong_gold has no right answer among its 5 choices"),
+    ],
+)
+def test_unfit_tasks_are_refused(folder, changes, message):
+    with pytest.raises(EnsembleError, match=message.replace("?", r"\?")):
+        load(folder, **changes)
+
+
+def test_early_stopping_needs_a_validation_split(folder):
+    make_task(folder[0] / "tasks", "no_validation", validation=0)
+    with pytest.raises(
+        EnsembleError, match="early_stopping needs a validation split and no_validation has none"
+    ):
+        load(folder, task="no_validation", early_stopping=1)
+
+
+def test_long_documents_are_refused_with_their_number(folder, monkeypatch):
+    _path, loaded = folder
+    monkeypatch.setattr(loaded, "max_length", 14)
+    with pytest.raises(
+        EnsembleError, match=r"\d+ of 44 documents of tiny_colours \(training\) are longer than"
+    ):
+        load(folder)
+
+
+def test_left_truncation_never_cuts_an_answer(folder, monkeypatch):
+    _path, loaded = folder
+    whole = load(folder).training
+    monkeypatch.setattr(loaded, "max_length", 14)
+    cut = load(folder, truncate="left").training
+    assert whole != cut
+    for before, after in zip(whole, cut, strict=True):
+        for long, short in zip(before.choices, after.choices, strict=True):
+            assert short.continuation == long.continuation
+            assert short.context == long.context[-len(short.context) :]
+            assert len(short.context) + len(short.continuation) - 1 <= 14
+    monkeypatch.setattr(loaded, "max_length", 1)
+    with pytest.raises(EnsembleError, match=r"an answer of tiny_colours \(training\) has \d tokens"):
+        load(folder, truncate="left")
