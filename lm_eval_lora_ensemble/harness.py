@@ -13,6 +13,7 @@ import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,14 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.mixture import EnsembleLoglikelihood
 from lm_eval_lora_ensemble.uncertainty import choices
+from lm_eval_lora_ensemble.uncertainty.battery import METRICS, Battery
 from lm_eval_lora_ensemble.uncertainty.calibration import expected_calibration_error, rms_calibration_error
 from lm_eval_lora_ensemble.uncertainty.information import (
     expected_entropy,
     mutual_information,
     predictive_entropy,
 )
+from lm_eval_lora_ensemble.uncertainty.predictions import Predictions
 from lm_eval_lora_ensemble.uncertainty.scores import brier_score, negative_loglikelihood
 
 logger = logging.getLogger(__name__)
@@ -57,14 +60,24 @@ class UncertaintyState:
     Attributes:
         bins: number of equal-width bins of the calibration metrics.
         other_class: add the paper's class "other" to single-letter choices.
+        metrics: further metrics of :data:`.uncertainty.battery.METRICS` to put into the table.
         reported: the task has produced uncertainty metrics in this run.
         outcomes: every document's confidence and outcome, kept when lm-eval aggregates.
+        scores: every document's member loglikelihoods, likewise.
     """
 
     bins: int = DEFAULT_BINS
     other_class: bool = False
+    metrics: Sequence[str] = ()
     reported: bool = False
     outcomes: list[ConfidenceAndOutcome] = field(default_factory=list)
+    scores: list[list[list[float]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name in self.metrics:
+            if name not in METRICS:
+                near = get_close_matches(name, METRICS, n=1, cutoff=0.0)[0]
+                raise EnsembleError(f"uncertainty has no metric {name!r}; the nearest is {near!r}")
 
 
 def _state(task: Any) -> UncertaintyState:
@@ -149,7 +162,9 @@ def _extended(
     state.reported = True
     values = [value for value, _ in results[:n_choices]]
     rows = [value.members if isinstance(value, EnsembleLoglikelihood) else [float(value)] for value in values]
-    return {**stock, **document_metrics(np.array(rows).T, gold, other_class=state.other_class)}
+    ours = document_metrics(np.array(rows).T, gold, other_class=state.other_class)
+    # a further metric has no value per document; its aggregation needs the gold answer beside `members`
+    return {**stock, **ours, **dict.fromkeys(state.metrics, gold)}
 
 
 @functools.cache
@@ -172,8 +187,9 @@ def _calibration_of(metric: str, outcomes: Sequence[ConfidenceAndOutcome], bins:
     return CALIBRATION_METRICS[metric](confidence, correct, bins=bins)
 
 
-def _number_of_members(items: Sequence[list[list[float]]]) -> int:
-    """Return N, which every document of a run shares."""
+def _number_of_members(task: Any, items: Sequence[list[list[float]]]) -> int:
+    """Return N, which every document of a run shares, and keep the scores for the further metrics."""
+    _state(task).scores = list(items)
     sizes = {len(item) for item in items}
     if len(sizes) != 1:
         raise EnsembleError(
@@ -183,9 +199,25 @@ def _number_of_members(items: Sequence[list[list[float]]]) -> int:
     return sizes.pop()
 
 
+def _further_metric(task: Any, name: str, golds: Sequence[int]) -> float:
+    """Compute a metric of the battery over a task's documents; lm-eval aggregates ``members`` before it."""
+    state = _state(task)
+    counts = [len(scores[0]) for scores in state.scores]
+    padded = np.full((len(state.scores[0]), len(counts), max(counts)), -np.inf)
+    for document, scores in enumerate(state.scores):
+        padded[:, document, : counts[document]] = scores
+    predictions = Predictions.from_scores(padded, golds, counts=counts, other_class=state.other_class)
+    battery = Battery(predictions, state.bins)
+    # some metrics need several members, or both right and wrong answers
+    value = battery(np.ones((1, len(counts)))).get(name, [np.nan])
+    return float(value[0])
+
+
 def _aggregations(task: Any) -> dict[str, Callable[..., Any]]:
     calibration = {name: functools.partial(_calibration, task, name) for name in CALIBRATION_METRICS}
-    return {**dict.fromkeys(MEAN_METRICS, mean), **calibration, "members": _number_of_members}
+    further = {name: functools.partial(_further_metric, task, name) for name in _state(task).metrics}
+    members = {"members": functools.partial(_number_of_members, task)}
+    return {**dict.fromkeys(MEAN_METRICS, mean), **calibration, **members, **further}
 
 
 def _extend_group(
@@ -234,6 +266,14 @@ def extend_tasks(*, enabled: bool) -> None:
     _Switch.enabled = enabled
 
 
+def _directions(state: UncertaintyState) -> dict[str, bool]:
+    directions = dict.fromkeys(LOWER_IS_BETTER, False)
+    for name in state.metrics:
+        if METRICS[name].direction:
+            directions[name] = METRICS[name].direction == "higher"
+    return directions
+
+
 class _Switch:
     """Whether stock tasks report uncertainty for ensemble results; of the latest ensemble loaded."""
 
@@ -262,7 +302,7 @@ def _install() -> None:
     @functools.wraps(stock_direction)
     def higher_is_better(self: Any) -> dict[str, Any]:
         stock: dict[str, Any] = stock_direction(self)
-        return {**stock, **dict.fromkeys(LOWER_IS_BETTER, False)} if _reported(self) else stock
+        return {**stock, **_directions(_state(self))} if _reported(self) else stock
 
     @functools.wraps(stock_group)
     def aggregate(self: Any, task_metrics: dict[str, Any]) -> dict[str, Any]:
@@ -292,7 +332,8 @@ class UncertaintyTask(ConfigurableTask):
 
     * ``stock``: path of a task's YAML below lm-eval's own tasks folder. Its configuration is taken from the
       installed lm-eval, so prompts are the stock task's; other keys override it.
-    * ``uncertainty``: ``bins`` (default 15) and ``other_class`` (default false).
+    * ``uncertainty``: ``bins`` (default 15), ``metrics`` (a list of further metrics of the battery, such as
+      ``aurc_entropy``; the default table stays short) and ``other_class`` (default false).
     """
 
     def __init__(self, config: dict[str, Any], **kwargs: Any) -> None:

@@ -244,6 +244,25 @@ def test_an_unknown_uncertainty_option_is_named():
         harness.UncertaintyTask({"task": "t", "uncertainty": {"bin": 3}})
 
 
+def test_further_metrics_by_name(llama, tmp_path):
+    write_tasks(tmp_path)
+    text = (tmp_path / "plain_a.yaml").read_text()
+    extra = (
+        "class: !function lm_eval_lora_ensemble.harness.UncertaintyTask\n"
+        "uncertainty: {metrics: [error_auroc_entropy, accuracy_at_50_coverage]}\n"
+    )
+    (tmp_path / "plain_a.yaml").write_text(text + extra)
+    results = evaluate(HFLM(pretrained=str(llama), device="cpu"), ["plain_a"], tmp_path)
+    samples = results["samples"]["plain_a"]
+    wrong = [1 - s["ece"][1] for s in samples]
+    entropy = [s["predictive_entropy"] for s in samples]
+    expected = sklearn.metrics.roc_auc_score(wrong, entropy)
+    assert results["results"]["plain_a"]["error_auroc_entropy,none"] == pytest.approx(expected, abs=1e-9)
+    assert results["higher_is_better"]["plain_a"]["error_auroc_entropy"] is True
+    with pytest.raises(EnsembleError, match=r"no metric 'aurc_entropi'; the nearest is 'aurc_entropy'"):
+        harness.UncertaintyState(metrics=["aurc_entropi"])
+
+
 def test_mutual_information_below_zero_is_an_error(monkeypatch):
     monkeypatch.setattr(harness, "mutual_information", _negative)
     with pytest.raises(EnsembleError):
