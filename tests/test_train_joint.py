@@ -39,14 +39,15 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_member_trained_jointly_is_the_member_trained_alone(folder, setting):
-    """Fifty steps, dropout and both penalties on, bit for bit."""
+    """Dropout and both penalties on, bit for bit; fifty steps for each objective, fewer for the other knobs."""
+    steps = 50 if setting in {"choices", "answer"} else 12
     recipe = make_recipe(
         folder, members=3, epochs=20, dropout=0.2, lora_l2=0.01, lora_b_l2=0.001, **SETTINGS[setting]
     )
-    together = train_steps(make_trainer(recipe), 50)
+    together = train_steps(make_trainer(recipe), steps)
     for member in (0, 2):
         name = f"member_{member:02d}"
-        alone = train_steps(make_trainer(recipe, [member]), 50)
+        alone = train_steps(make_trainer(recipe, [member]), steps)
         assert largest_difference(together[name], alone[name]) == 0.0
     assert largest_difference(together["member_00"], together["member_02"]) > 1e-3
 
@@ -188,7 +189,7 @@ def test_unknown_target_modules_are_refused_with_the_known_ones(folder):
 
 
 def test_an_unloadable_base_is_refused(folder, tmp_path):
-    with pytest.raises(EnsembleError, match="base_model .* cannot be loaded"):
+    with pytest.raises(EnsembleError, match=r"base_model .* cannot be loaded"):
         base.load(make_recipe(folder, base_model=str(tmp_path)), base.pick_device("cpu"))
     with pytest.raises(EnsembleError, match="device 'warp' is unknown to torch"):
         base.pick_device("warp")

@@ -34,6 +34,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(folder):
     """A finished ensemble: two members, three epochs of six steps, dropout on."""
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         quick(patch)
         return train_members(make_recipe(folder, output=str(folder / "trained"), **SETTING))

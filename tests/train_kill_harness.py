@@ -14,9 +14,11 @@ import json
 import os
 import random
 import select
+import shutil
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -60,8 +62,6 @@ def main() -> None:
 
 def start_anew(recipe: Recipe) -> None:
     """Begin another run in the same place after one that was done too soon."""
-    import shutil
-
     shutil.rmtree(recipe.output)
 
 
@@ -107,9 +107,7 @@ def run_child(recipe: Recipe, phase: str | None, writing: int) -> None:
     try:
         train_members(recipe)
         code = 0
-    except BaseException:
-        import traceback
-
+    except Exception:  # noqa: BLE001 – a forked child must not return into its parent's stack
         traceback.print_exc()
     finally:
         os._exit(code)

@@ -128,6 +128,9 @@ def save(folder: Path, *, weights: dict[str, torch.Tensor], config: Any, card: s
 
     config = copy.deepcopy(config)
     config.inference_mode = True
+    if isinstance(config.target_modules, set):
+        # PEFT writes a set in its hash order, which differs from one process to the next.
+        config.target_modules = sorted(config.target_modules)
     config.save_pretrained(str(folder))
     tensors = {key: weight.detach().to("cpu").contiguous() for key, weight in weights.items()}
     save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
