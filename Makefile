@@ -17,11 +17,12 @@ $(STAMP): pyproject.toml setup.py .ci/constraints.txt startup/lm_eval_lora_ensem
 quickstart: install
 	$(BIN)/lora-ensemble quickstart --output quickstart
 
+# two workers with one thread each: most of the time goes into starting lm-eval, which is single-threaded
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-long: install
-	$(BIN)/python -m pytest -m 'long or not long'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m 'long or not long'
 
 lint: install
 	$(BIN)/ruff check .
