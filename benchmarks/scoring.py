@@ -308,7 +308,8 @@ def report(options: argparse.Namespace, rows: list[Row], memory: dict[str, float
     packages = {name: version(name) for name in ("lm_eval", "torch", "transformers", "peft")}
     processor = torch.cuda.get_device_name() if options.device != "cpu" else platform.processor() or platform.machine()
     print(f"N = {options.members}, {options.dtype}, {processor}, {torch.get_num_threads()} threads, {packages}")
-    print(f"|task|requests|hf, s|ours, s|{options.members} × hf ÷ ours|hf tokens|ours|least|difference|TFLOP/s|of GEMM|")
+    columns = ("task", "requests", "hf, s", "ours, s", f"{options.members} × hf ÷ ours")
+    print("|" + "|".join((*columns, "hf tokens", "ours", "least", "difference", "TFLOP/s", "of GEMM")) + "|")
     print("|---|" + "---:|" * 10)
     for r in rows:
         print(

@@ -14,6 +14,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from lm_eval_lora_ensemble import harness
+from lm_eval_lora_ensemble.cache import claim_cache
 from lm_eval_lora_ensemble.errors import EnsembleError, install_excepthook
 from lm_eval_lora_ensemble.members import Ensemble, find_ensemble
 from lm_eval_lora_ensemble.mixture import AVERAGES, Average, EnsembleLoglikelihood
@@ -113,6 +114,29 @@ class LoraEnsembleLM(HFLM):
         """Let the model answer as ``member``."""
         if len(self._adapter_names) > 1:
             self._model.set_adapter(self._adapter_names[member])
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Take lm-eval's cache, having made sure that it is this ensemble's.
+
+        lm-eval keys its cache on the request's text alone, so another model's scores would be read as ours.
+
+        Raises:
+            EnsembleError: the cache holds scores of another model; it is left as it is.
+        """
+        if cache_hook.dbdict is not None:
+            claim_cache(cache_hook.dbdict, self._identity())
+        super().set_cache_hook(cache_hook)
+
+    def _identity(self) -> dict[str, Any]:
+        """What a score depends on besides the request."""
+        return {
+            "base model": self.ensemble.base_model,
+            "epoch": self.ensemble.epoch,
+            "members": [member.sha256 for member in self.ensemble.members],
+            "average": self.average,
+            "dtype": str(self.model.dtype),
+            "max_length": self.max_length,
+        }
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False

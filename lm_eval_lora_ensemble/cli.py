@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -51,6 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EnsembleError as error:
         print(f"lora-ensemble: error: {one_line(error)}", file=sys.stderr)
         return EXIT_CODE
+    except BrokenPipeError:
+        # the reader of our output went away, as `| head` does; what Python flushes at exit must not complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print("lora-ensemble: stopped", file=sys.stderr)
         return 130

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import random_adapters
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import CachingLM
 from lm_eval.models.huggingface import HFLM
 
 from lm_eval_lora_ensemble.backend import LoraEnsembleLM
@@ -155,3 +156,38 @@ def test_log_mean_exp_of_impossible_continuations():
 def test_wrong_arguments_are_refused(ensemble, arguments):
     with pytest.raises(EnsembleError, match=next(iter(arguments))):
         lora(ensemble, **arguments)
+
+
+def caching(model, path: Path) -> CachingLM:
+    return CachingLM(model, str(path))
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"members": 2}, "members differ"),
+        ({"epoch": 0}, "epoch and members differ: None there, 0 now"),
+        ({"average": "loglikelihood"}, "average differ: probability there, loglikelihood now"),
+        ({"dtype": "bfloat16"}, "dtype differ: torch.float32 there, torch.bfloat16 now"),
+    ],
+)
+def test_a_cache_belongs_to_one_ensemble(ensemble, tmp_path, other, named):
+    first = caching(lora(ensemble), tmp_path / "cache.db")
+    before = first.loglikelihood(instances(PAIRS))
+    contents = dict(first.dbdict)
+    first.dbdict.close()
+    with pytest.raises(EnsembleError, match=named):
+        caching(lora(ensemble, **other), tmp_path / "cache.db")
+    again = caching(lora(ensemble), tmp_path / "cache.db")
+    assert set(again.dbdict) == set(contents)
+    after = again.loglikelihood(instances(PAIRS))
+    assert [v for v, _ in after] == [v for v, _ in before]
+    assert all(np.array_equal(a.members, b.members) for (a, _), (b, _) in zip(after, before, strict=True))
+
+
+def test_a_cache_of_another_model_is_refused(llama, ensemble, tmp_path):
+    theirs = caching(hf(llama), tmp_path / "cache.db")
+    theirs.loglikelihood(instances(PAIRS[:2]))
+    theirs.dbdict.close()
+    with pytest.raises(EnsembleError, match="scores of another model"):
+        caching(lora(ensemble), tmp_path / "cache.db")
