@@ -20,6 +20,10 @@ VERBS: dict[str, tuple[str, str]] = {
         "train and evaluate a small ensemble from nothing, in minutes",
     ),
     "train": ("lm_eval_lora_ensemble.train.command", "train the members of an ensemble from a recipe"),
+    "check": (
+        "lm_eval_lora_ensemble.check",
+        "verify that every member of an ensemble is what it claims to be",
+    ),
     "uncertainty": (
         "lm_eval_lora_ensemble.uncertainty.command",
         "compute the uncertainty battery from lm-eval's samples",
