@@ -11,6 +11,7 @@ from lm_eval_lora_ensemble.train.examples import Choice, Example
 from lm_eval_lora_ensemble.train.head import ScoredHead
 from lm_eval_lora_ensemble.train.layout import Layout, tree, use_tree_rows
 from lm_eval_lora_ensemble.train.objective import (
+    TokenLoglikelihoods,
     document_losses,
     loglikelihoods,
     squared_norm_of_product,
@@ -129,6 +130,18 @@ def test_choices_loss_is_cross_entropy_over_the_choices(loaded):
         valid = lls[0, d, : len(example.choices)]
         expected = torch.nn.functional.cross_entropy(valid, torch.tensor(example.gold[0]))
         torch.testing.assert_close(losses[0, d], expected)
+
+
+def test_token_loglikelihoods_are_log_softmax_with_its_gradient():
+    """Rows and even single logits are used several times, as where choices share a prefix or a first token."""
+    logits = torch.randn(5, 11, dtype=torch.float32, requires_grad=True)
+    output, target = torch.tensor([[0, 0, 3], [4, 3, 0]]), torch.tensor([[2, 2, 10], [0, 5, 7]])
+    factor = torch.randn(2, 3)
+    mine = TokenLoglikelihoods.apply(logits, output, target)
+    theirs = logits.log_softmax(-1)[output, target]
+    torch.testing.assert_close(mine, theirs)
+    gradients = [torch.autograd.grad((value * factor).sum(), logits)[0] for value in (mine, theirs)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_squared_norm_of_product_is_frobenius():

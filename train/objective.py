@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from lm_eval_lora_ensemble.train.layout import Batch
 
@@ -13,9 +15,33 @@ def loglikelihoods(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         logits: [P, V] at the batch's scored outputs.
         batch: the batch they belong to.
     """
-    logits = logits.float()
-    tokens = logits[batch.output, batch.target] - logits.logsumexp(-1)[batch.output]
+    tokens: torch.Tensor = TokenLoglikelihoods.apply(logits, batch.output, batch.target)
     return (tokens * batch.weight).sum(-1)
+
+
+class TokenLoglikelihoods(torch.autograd.Function):
+    """``log softmax(logits[output])[target]`` in float32, for indices of any shape.
+
+    Autograd would keep and write several tensors as large as the logits; here the backward pass makes one, the
+    softmax, and adds the targets to it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Return the loglikelihoods in nats, of the indices' shape."""
+        normaliser = logits.float().logsumexp(-1)
+        ctx.save_for_backward(logits, normaliser, output, target)
+        return logits[output, target].float() - normaliser[output]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradient of the logits: one-hot targets minus softmax, weighted."""
+        logits, normaliser, output, target = ctx.saved_tensors
+        rows, columns, values = output.flatten(), target.flatten(), gradients[0].flatten()
+        of_row = torch.zeros_like(normaliser).index_put_((rows,), values, accumulate=True)
+        grad = (logits.float() - normaliser[:, None]).exp_().mul_(-of_row[:, None])
+        grad.index_put_((rows, columns), values, accumulate=True)
+        return grad.to(logits.dtype), None, None
 
 
 def document_losses(lls: torch.Tensor, batch: Batch, objective: str) -> torch.Tensor:
