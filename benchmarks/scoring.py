@@ -100,7 +100,11 @@ class RandomWeights:
 def random_adapters(config: Any, base: str, folder: Path, members: int) -> Path:
     """Write N random LoRA adapters (r 8, α 32, q_proj and v_proj) without loading the base model."""
     lora = LoraConfig(
-        r=8, lora_alpha=32, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", base_model_name_or_path=base
+        r=8,
+        lora_alpha=32,
+        target_modules=["q_proj", "v_proj"],
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
     )
     with torch.device("meta"):
         model = get_peft_model(AutoModelForCausalLM.from_config(config), lora)
@@ -181,7 +185,9 @@ def flops(lm: LoraEnsembleLM) -> float:
         for name, m in decoder.named_modules()
         if isinstance(m, torch.nn.Linear) and "lora_" not in name
     )
-    width = config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    width = config.num_attention_heads * getattr(
+        config, "head_dim", config.hidden_size // config.num_attention_heads
+    )
     work = lm.work
     each = (
         2 * linear * work.n_computed
@@ -191,12 +197,16 @@ def flops(lm: LoraEnsembleLM) -> float:
     return float(each * lm.n_members)
 
 
-def measure(task: str, requests: list[Any], hf: HFLM, ours: LoraEnsembleLM, options: argparse.Namespace) -> Row:
+def measure(
+    task: str, requests: list[Any], hf: HFLM, ours: LoraEnsembleLM, options: argparse.Namespace
+) -> Row:
     """Alternate both on the same requests."""
     theirs_seconds, ours_seconds = [], []
     for _ in range(options.repeats):
         with counted(hf) as tokens:
-            seconds, theirs = timed(lambda: hf._loglikelihood_tokens(requests, disable_tqdm=True), options.device)
+            seconds, theirs = timed(
+                lambda: hf._loglikelihood_tokens(requests, disable_tqdm=True), options.device
+            )
         theirs_seconds.append(seconds)
         seconds, mine = timed(lambda: ours._loglikelihood_tokens(requests, disable_tqdm=True), options.device)
         ours_seconds.append(seconds)
@@ -218,7 +228,9 @@ def measure(task: str, requests: list[Any], hf: HFLM, ours: LoraEnsembleLM, opti
     )
 
 
-def models(options: argparse.Namespace, scratch: Path) -> tuple[Callable[[], HFLM], Callable[[], LoraEnsembleLM]]:
+def models(
+    options: argparse.Namespace, scratch: Path
+) -> tuple[Callable[[], HFLM], Callable[[], LoraEnsembleLM]]:
     """Return what loads ``hf`` with the first adapter, and the ensemble."""
     classes: tuple[type, type] = (HFLM, LoraEnsembleLM)
     if options.shape:
@@ -263,7 +275,9 @@ def request_sets(options: argparse.Namespace, lm: HFLM) -> dict[str, list[Any]]:
 
 def arguments(argv: list[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--base", default="smollm2", help="base model: a folder, a Hub id, or smollm2")
     parser.add_argument("--adapters", help="folder of adapters (default: random ones)")
     parser.add_argument("--members", type=int, default=5)
@@ -298,7 +312,9 @@ def main(argv: list[str]) -> None:
             print((torch.cuda.max_memory_allocated() if options.device != "cpu" else used) / 2**30)
             return
         hf, ours = load_hf(), load_ours()
-        rows = [measure(task, requests, hf, ours, options) for task, requests in request_sets(options, hf).items()]
+        rows = [
+            measure(task, requests, hf, ours, options) for task, requests in request_sets(options, hf).items()
+        ]
     memory = {} if options.no_memory else {which: peak_memory(options, which) for which in ("hf", "ours")}
     report(options, rows, memory)
 
@@ -306,8 +322,14 @@ def main(argv: list[str]) -> None:
 def report(options: argparse.Namespace, rows: list[Row], memory: dict[str, float]) -> None:
     """Print a Markdown table and, if asked, write JSON."""
     packages = {name: version(name) for name in ("lm_eval", "torch", "transformers", "peft")}
-    processor = torch.cuda.get_device_name() if options.device != "cpu" else platform.processor() or platform.machine()
-    print(f"N = {options.members}, {options.dtype}, {processor}, {torch.get_num_threads()} threads, {packages}")
+    processor = (
+        torch.cuda.get_device_name()
+        if options.device != "cpu"
+        else platform.processor() or platform.machine()
+    )
+    print(
+        f"N = {options.members}, {options.dtype}, {processor}, {torch.get_num_threads()} threads, {packages}"
+    )
     columns = ("task", "requests", "hf, s", "ours, s", f"{options.members} × hf ÷ ours")
     print("|" + "|".join((*columns, "hf tokens", "ours", "least", "difference", "TFLOP/s", "of GEMM")) + "|")
     print("|---|" + "---:|" * 10)
@@ -319,7 +341,12 @@ def report(options: argparse.Namespace, rows: list[Row], memory: dict[str, float
     if memory:
         print(f"peak memory: hf {memory['hf']:.2f} GiB, ours {memory['ours']:.2f} GiB")
     if options.json:
-        result = {"dtype": options.dtype, "versions": packages, "memory_gib": memory, "rows": [asdict(r) for r in rows]}
+        result = {
+            "dtype": options.dtype,
+            "versions": packages,
+            "memory_gib": memory,
+            "rows": [asdict(r) for r in rows],
+        }
         options.json.write_text(json.dumps(result, indent=2))
 
 

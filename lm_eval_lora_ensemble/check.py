@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
                     f"; WARNING: the same adapter as {twins[member.name]}, which adds nothing to the ensemble"
                 )
             print(one_line(f"{member.name}: ok, {detail}"))
-        except EnsembleError as error:
+        except EnsembleError as error:  # noqa: PERF203 - one broken member must not hide the others
             sound = False
             print(one_line(f"{member.name}: BROKEN, {error}"))
     print(

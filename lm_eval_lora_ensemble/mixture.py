@@ -53,7 +53,11 @@ class EnsembleLoglikelihood(float):
             how: ``probability`` for log-mean-exp, the Bayesian model average; ``loglikelihood`` for the
                 arithmetic mean of the loglikelihoods, an (unnormalised) log-opinion pool.
         """
-        value = log_mean_exp(members) if how == "probability" else float(np.asarray(members, dtype=np.float64).mean())
+        value = (
+            log_mean_exp(members)
+            if how == "probability"
+            else float(np.asarray(members, dtype=np.float64).mean())
+        )
         return cls(value, members)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -216,7 +216,9 @@ def test_the_command_runs_from_any_folder(installed: Environment, ensemble: Path
 
 def test_without_the_start_up_file_python_m_does_the_same(wheel_installed: Environment, ensemble: Path):
     arguments = ("--model", "lora-ensemble", "--model_args", f"adapters={ensemble}", *RUN)
-    assert "|mutual_information" in wheel_installed.run("-m", "lm_eval_lora_ensemble", *arguments, **OFF).stdout
+    assert (
+        "|mutual_information" in wheel_installed.run("-m", "lm_eval_lora_ensemble", *arguments, **OFF).stdout
+    )
 
 
 def test_hf_runs_as_if_the_plugin_were_not_there(wheel_installed: Environment, llama: Path, tmp_path: Path):
