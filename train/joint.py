@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from lm_eval_lora_ensemble.train.recipe import Recipe
 
 
+# Tokens of a forward pass beyond which its matrix products get no faster.
+_ENOUGH_TOKENS = {"cpu": 1024, "accelerator": 8192}
+
+
 class JointEngine(Engine):
     """Trains all members of a process together.
 
@@ -59,7 +63,8 @@ class JointEngine(Engine):
         documents = sum(len(part.documents[0]) for part in batches)
         totals = dict.fromkeys(active, 0.0)
         for number, part in enumerate(batches):
-            for names in self._together(active):
+            tokens = len(part.documents[0]) * self.layout.rows_per_document * part.length
+            for names in self._together(active, tokens):
                 losses = self._gradients(names, part, step, number) / documents
                 for name, loss in zip(names, losses.tolist(), strict=True):
                     totals[name] += loss
@@ -84,11 +89,21 @@ class JointEngine(Engine):
                 losses.sum().backward()
         return losses.detach()
 
-    def _together(self, names: Sequence[str]) -> Iterator[Sequence[str]]:
-        """Cut the members into the parts that share a forward pass; memory for time, same results."""
-        size = self.recipe.members_at_once or len(names)
-        for i in range(0, len(names), size):
-            yield names[i : i + size]
+    def _together(self, names: Sequence[str], tokens: int) -> Iterator[Sequence[str]]:
+        """Cut the members into the parts that share a forward pass; memory for time, same results.
+
+        Without ``members_at_once`` a part holds as many members as keep the hardware busy, and no more: beyond
+        that a larger batch takes memory and saves nothing.
+
+        Args:
+            names: the members.
+            tokens: input tokens of one member.
+        """
+        enough = _ENOUGH_TOKENS["cpu" if self.device.type == "cpu" else "accelerator"]
+        size = self.recipe.members_at_once or max(1, -(-enough // tokens))
+        parts = -(-len(names) // size)
+        for part in range(parts):
+            yield names[part * len(names) // parts : (part + 1) * len(names) // parts]
 
     @torch.no_grad()
     def _add_penalty_gradients(self) -> None:
@@ -111,7 +126,7 @@ class JointEngine(Engine):
     ) -> npt.NDArray[np.float64]:
         """See :meth:`Engine.loglikelihoods`."""
         parts = []
-        for names in self._together(members):
+        for names in self._together(members, len(documents) * layout.rows_per_document * length):
             batch = layout.batch([documents] * len(names), length, self.device)
             with torch.no_grad(), self.lineup.scoring([self.names.index(name) for name in names]):
                 lls = loglikelihoods(self.head.logits(batch), batch)
