@@ -274,9 +274,13 @@ def test_a_nan_loss_leaves_nothing_behind(folder, tmp_path):
     "changes", [{"task": "nothing_like_it"}, {"max_length": 9}, {"target_modules": ["x"]}]
 )
 def test_a_refused_recipe_leaves_nothing_behind(folder, tmp_path, changes):
-    with pytest.raises(EnsembleError):
-        train_members(make_recipe(folder, output=str(tmp_path / "e"), **changes))
-    assert not (tmp_path / "e").exists()
+    recipe = make_recipe(folder, output=str(tmp_path / "e"), **changes)
+    for existed in (False, True):
+        with pytest.raises(EnsembleError):
+            train_members(recipe)
+        assert (tmp_path / "e").exists() == existed
+        (tmp_path / "e").mkdir(exist_ok=True)
+        assert list((tmp_path / "e").iterdir()) == []
 
 
 def test_steps_bound_a_run_and_the_last_part_counts_as_an_epoch(folder, tmp_path):

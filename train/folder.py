@@ -82,10 +82,10 @@ class EnsembleFolder:
 
     @contextmanager
     def claim(self, names: Sequence[str]) -> Iterator[None]:
-        """Create the folder, and keep other processes off these members until the context ends.
+        """Keep other processes off these members until the context ends.
 
-        The operating system releases the locks of a process that dies. A folder that this call created and
-        in which no epoch was finished is removed when an error ends the run.
+        The operating system releases the locks of a process that dies. If an error ends a run that was the
+        folder's first and finished no epoch, what it wrote is removed.
         """
         created = not self.path.exists()
         with ExitStack() as locks:
@@ -95,14 +95,29 @@ class EnsembleFolder:
                     locks.enter_context(self._lock(name))
                     self._sweep(name)
                 self.check_recipe()
-                if not (self.path / recipes.FILE_NAME).is_file():
-                    write_text(self.path / recipes.FILE_NAME, self.recipe.as_yaml())
+            first = names == self.names and not (self.path / recipes.FILE_NAME).is_file()
             try:
                 yield
             except EnsembleError:
-                if created and names == self.names and not any(self.path.glob("member_*/epoch_*")):
-                    shutil.rmtree(self.path, ignore_errors=True)
+                if first and not any(self.path.glob("member_*/epoch_*")):
+                    self._discard(everything=created)
                 raise
+
+    def begin(self) -> None:
+        """Write the recipe, which from now on guards the folder."""
+        with writing(self.path):
+            if not (self.path / recipes.FILE_NAME).is_file():
+                write_text(self.path / recipes.FILE_NAME, self.recipe.as_yaml())
+
+    def _discard(self, *, everything: bool) -> None:
+        """Remove what a run without a finished epoch wrote, or the whole folder if the run created it."""
+        if everything:
+            shutil.rmtree(self.path, ignore_errors=True)
+            return
+        for folder in (self.scratch, *(self.path / name for name in self.names)):
+            shutil.rmtree(folder, ignore_errors=True)
+        for file in (recipes.FILE_NAME, METRICS):
+            (self.path / file).unlink(missing_ok=True)
 
     def _sweep(self, name: str) -> None:
         """Remove what a killed process left half-written for a member."""

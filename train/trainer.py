@@ -117,6 +117,7 @@ class Trainer:
 
     def run(self) -> None:
         """Go on from the newest checkpoint, train to the end and write every member's files."""
+        self.folder.begin()
         self._resume()
         if self.step == 0:
             self._measure(0)
