@@ -26,7 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check every member and kept epoch; return 0 if all are sound, 2 if any is not."""
+    """Check every member and kept epoch; return 0 if all are sound, 2 if any is not.
+
+    A folder that training has filled member by member gets its manifest first.
+    """
+    if (arguments.ensemble.expanduser() / "recipe.yaml").is_file():
+        from lm_eval_lora_ensemble.train.completion import complete
+
+        complete(arguments.ensemble.expanduser().absolute())
     ensemble = find_ensemble(arguments.ensemble)
     book = _manifest_of(arguments.ensemble)
     entries = {entry.name: entry for entry in book.members} if book else {}

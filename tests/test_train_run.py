@@ -1,6 +1,5 @@
 """Whole runs: the folder that comes out, going on after a stop, and what is refused."""
 
-import argparse
 import json
 import os
 import shutil
@@ -12,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
-from lm_eval_lora_ensemble.train import check, files
+from lm_eval_lora_ensemble.train import files
+from lm_eval_lora_ensemble.train.completion import complete
 from lm_eval_lora_ensemble.train.joint import JointEngine
 from lm_eval_lora_ensemble.train.plain import PlainEngine
 from lm_eval_lora_ensemble.train.run import train_members
@@ -21,6 +21,7 @@ from train_fixtures import make_recipe, make_task, one_thread, quick_tasks  # no
 from transformers import AutoModelForCausalLM
 
 from lm_eval_lora_ensemble import cli
+from lm_eval_lora_ensemble.cli import main
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.manifest import Manifest, sha256
 
@@ -392,22 +393,18 @@ def test_two_processes_share_the_members_and_make_the_same_folder(folder, tmp_pa
     shutil.rmtree(tmp_path / "e")
 
 
-def test_check_completes_and_verifies(folder, tmp_path, trained, capsys):
-    verb = argparse.Namespace(folder=tmp_path / "copy")
-    shutil.copytree(trained, verb.folder)
-    (verb.folder / "ensemble.json").unlink()
-    assert check.run(verb) == 0
+def test_check_completes_and_verifies(tmp_path, trained, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    (copy / "ensemble.json").unlink()
+    assert main(["check", str(copy)]) == 0
     assert "2 members" in capsys.readouterr().out
-    assert contents(verb.folder) == contents(trained)
-    weights = verb.folder / "member_01" / "epoch_02" / "adapter_model.safetensors"
+    assert contents(copy) == contents(trained)
+    weights = copy / "member_01" / "epoch_02" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
-    with pytest.raises(
-        EnsembleError, match=r"epoch_02/adapter_model.safetensors has changed \(0 missing and 1"
-    ):
-        check.run(verb)
-    (verb.folder / "ensemble.json").unlink()
-    (verb.folder / "member_00" / "member.json").unlink()
+    assert main(["check", str(copy)]) == 2
+    assert "epoch_02/adapter_model.safetensors differs from its checksum" in capsys.readouterr().out
+    (copy / "ensemble.json").unlink()
+    (copy / "member_00" / "member.json").unlink()
     with pytest.raises(EnsembleError, match="still lacks member_00; run `lora-ensemble train"):
-        check.run(verb)
-    with pytest.raises(EnsembleError, match=r"neither ensemble\.json nor recipe\.yaml"):
-        check.run(argparse.Namespace(folder=tmp_path))
+        complete(copy)
