@@ -99,15 +99,10 @@ class RandomWeights:
 
 def random_adapters(config: Any, base: str, folder: Path, members: int) -> Path:
     """Write N random LoRA adapters (r 8, α 32, q_proj and v_proj) without loading the base model."""
-    lora = LoraConfig(
-        r=8,
-        lora_alpha=32,
-        target_modules=["q_proj", "v_proj"],
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base,
-    )
+    lora = LoraConfig(r=8, lora_alpha=32, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     with torch.device("meta"):
         model = get_peft_model(AutoModelForCausalLM.from_config(config), lora)
+    lora.base_model_name_or_path = base  # get_peft_model put the meta model's own name, None
     shapes = {name: value.shape for name, value in get_peft_model_state_dict(model).items()}
     for member in range(members):
         draw = torch.Generator().manual_seed(member)

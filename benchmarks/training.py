@@ -25,6 +25,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+
+from lm_eval_lora_ensemble.precision import fast_dtype
 from lm_eval_lora_ensemble.train.adapters import attach, lora_config
 from lm_eval_lora_ensemble.train.base import Base, resolve_name
 from lm_eval_lora_ensemble.train.examples import Choice, Example
@@ -32,9 +35,6 @@ from lm_eval_lora_ensemble.train.joint import JointEngine
 from lm_eval_lora_ensemble.train.layout import Layout, chain, use_tree_rows
 from lm_eval_lora_ensemble.train.order import MicroBatch
 from lm_eval_lora_ensemble.train.recipe import Recipe
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
-
-from lm_eval_lora_ensemble.precision import fast_dtype
 
 SHAPES = {
     "tiny": LlamaConfig(

@@ -2,10 +2,10 @@
 
 import pytest
 from lm_eval.api.instance import Instance
-from lm_eval_lora_ensemble.train import base, examples
 from train_fixtures import make_recipe, make_task, one_thread, quick_tasks  # noqa: F401
 
 from lm_eval_lora_ensemble.errors import EnsembleError
+from lm_eval_lora_ensemble.train import base, examples
 
 
 @pytest.fixture(scope="module")

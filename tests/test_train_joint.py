@@ -2,9 +2,6 @@
 
 import pytest
 import torch
-from lm_eval_lora_ensemble.train import adapters, base
-from lm_eval_lora_ensemble.train.joint import JointEngine
-from lm_eval_lora_ensemble.train.plain import PlainEngine
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from train_fixtures import (  # noqa: F401
     largest_difference,
@@ -17,6 +14,9 @@ from train_fixtures import (  # noqa: F401
 from transformers import AutoModelForCausalLM
 
 from lm_eval_lora_ensemble.errors import EnsembleError
+from lm_eval_lora_ensemble.train import adapters, base
+from lm_eval_lora_ensemble.train.joint import JointEngine
+from lm_eval_lora_ensemble.train.plain import PlainEngine
 
 SETTINGS = {
     "choices": {"objective": "choices"},

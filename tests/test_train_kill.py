@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-from lm_eval_lora_ensemble.train.run import train_members
 from test_train_run import contents
 from train_fixtures import make_recipe, one_thread, quick_tasks  # noqa: F401
+
+from lm_eval_lora_ensemble.train.run import train_members
 
 HARNESS = Path(__file__).with_name("train_kill_harness.py")
 

@@ -6,6 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
+from train_fixtures import make_model, make_recipe, make_task, one_thread, quick_tasks  # noqa: F401
+
 from lm_eval_lora_ensemble.train import base, examples
 from lm_eval_lora_ensemble.train.examples import Choice, Example
 from lm_eval_lora_ensemble.train.head import ScoredHead
@@ -17,7 +19,6 @@ from lm_eval_lora_ensemble.train.objective import (
     squared_norm_of_product,
 )
 from lm_eval_lora_ensemble.train.order import Order
-from train_fixtures import make_model, make_recipe, make_task, one_thread, quick_tasks  # noqa: F401
 
 VARYING = {
     "doc_to_text": "gold",

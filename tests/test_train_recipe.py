@@ -3,11 +3,11 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lm_eval_lora_ensemble.train import knobs
-from lm_eval_lora_ensemble.train.recipe import OPERATIONAL, Recipe
 
 from lm_eval_lora_ensemble.errors import EnsembleError, one_line
 from lm_eval_lora_ensemble.locations import recipes_folder
+from lm_eval_lora_ensemble.train import knobs
+from lm_eval_lora_ensemble.train.recipe import OPERATIONAL, Recipe
 
 MINIMAL = {"base_model": "some/model", "task": "arc_easy"}
 BUNDLED = sorted(path.stem for path in recipes_folder().glob("*.yaml"))

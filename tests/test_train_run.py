@@ -11,11 +11,6 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
-from lm_eval_lora_ensemble.train import files
-from lm_eval_lora_ensemble.train.completion import complete
-from lm_eval_lora_ensemble.train.joint import JointEngine
-from lm_eval_lora_ensemble.train.plain import PlainEngine
-from lm_eval_lora_ensemble.train.run import train_members
 from peft import PeftModel
 from train_fixtures import make_recipe, make_task, one_thread, quick_tasks  # noqa: F401
 from transformers import AutoModelForCausalLM
@@ -24,6 +19,11 @@ from lm_eval_lora_ensemble import cli
 from lm_eval_lora_ensemble.cli import main
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.manifest import Manifest, sha256
+from lm_eval_lora_ensemble.train import files
+from lm_eval_lora_ensemble.train.completion import complete
+from lm_eval_lora_ensemble.train.joint import JointEngine
+from lm_eval_lora_ensemble.train.plain import PlainEngine
+from lm_eval_lora_ensemble.train.run import train_members
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,7 @@ SETTING = {"epochs": 3, "dropout": 0.1, "lora_l2": 0.01, "checkpoint_steps": 2}
 
 def quick(patch):
     from lm_eval.tasks import TaskManager
+
     from lm_eval_lora_ensemble.train import examples
 
     patch.setattr(
@@ -101,6 +102,7 @@ def test_metrics_show_every_epoch_of_every_member_and_of_the_ensemble(trained):
 def test_validation_nll_is_lm_evals_loglikelihoods(trained, folder):
     """The stored loglikelihoods are those that lm-eval computes with the exported adapter."""
     from lm_eval.models.huggingface import HFLM
+
     from lm_eval_lora_ensemble.train import examples
 
     base = AutoModelForCausalLM.from_pretrained(folder / "base")

@@ -10,10 +10,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lm_eval_lora_ensemble.train import examples
-from lm_eval_lora_ensemble.train.folder import EnsembleFolder, member_name
-from lm_eval_lora_ensemble.train.recipe import Recipe
-from lm_eval_lora_ensemble.train.trainer import Trainer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
@@ -22,6 +18,11 @@ from transformers import (
     MistralForCausalLM,
     PreTrainedTokenizerFast,
 )
+
+from lm_eval_lora_ensemble.train import examples
+from lm_eval_lora_ensemble.train.folder import EnsembleFolder, member_name
+from lm_eval_lora_ensemble.train.recipe import Recipe
+from lm_eval_lora_ensemble.train.trainer import Trainer
 
 
 @pytest.fixture(autouse=True)

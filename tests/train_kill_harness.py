@@ -26,6 +26,7 @@ import torch
 torch.set_num_threads(1)  # before any work: a forked child must not inherit a thread pool
 
 from lm_eval.tasks import TaskManager  # noqa: E402
+
 from lm_eval_lora_ensemble.train import checkpoint, examples, folder, joint, trainer  # noqa: E402
 from lm_eval_lora_ensemble.train.recipe import Recipe  # noqa: E402
 from lm_eval_lora_ensemble.train.run import train_members  # noqa: E402

@@ -12,6 +12,7 @@ from lm_eval_lora_ensemble.precision import fast_dtype
 
 if TYPE_CHECKING:
     import torch
+
     from lm_eval_lora_ensemble.train.recipe import Recipe
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 
-from lm_eval_lora_ensemble.train.recipe import Recipe
-
 from lm_eval_lora_ensemble.manifest import FILE_NAME as MANIFEST
+from lm_eval_lora_ensemble.train.recipe import Recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

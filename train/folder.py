@@ -25,14 +25,14 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from lm_eval_lora_ensemble.train import recipe as recipes
-from lm_eval_lora_ensemble.train.card import library_versions
-from lm_eval_lora_ensemble.train.files import copy_file, write_folder, write_text, writing
-from lm_eval_lora_ensemble.train.recipe import Recipe
 
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.manifest import FILE_NAME as MANIFEST
 from lm_eval_lora_ensemble.manifest import Manifest, MemberEntry, checksums, write_json
+from lm_eval_lora_ensemble.train import recipe as recipes
+from lm_eval_lora_ensemble.train.card import library_versions
+from lm_eval_lora_ensemble.train.files import copy_file, write_folder, write_text, writing
+from lm_eval_lora_ensemble.train.recipe import Recipe
 
 MEMBER = "member.json"
 EPOCHS = "epochs.jsonl"

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+
 from lm_eval_lora_ensemble.train.layout import Batch
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
 from lm_eval_lora_ensemble.train.examples import Choice, Example
 
 

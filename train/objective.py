@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from lm_eval_lora_ensemble.train.layout import Batch
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import torch
+
 from lm_eval_lora_ensemble.train.adapters import lora_layers
 from lm_eval_lora_ensemble.train.engine import Engine, MemberOptimiser, check_finite, checkpoint_layers
 from lm_eval_lora_ensemble.train.head import ScoredHead

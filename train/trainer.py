@@ -8,6 +8,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tqdm import tqdm
+
+from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.train import adapters, base, examples
 from lm_eval_lora_ensemble.train.card import model_card
 from lm_eval_lora_ensemble.train.checkpoint import Checkpoints
@@ -20,12 +23,10 @@ from lm_eval_lora_ensemble.train.order import Order
 from lm_eval_lora_ensemble.train.plain import PlainEngine
 from lm_eval_lora_ensemble.train.trackers import Trackers
 from lm_eval_lora_ensemble.train.validation import Validation
-from tqdm import tqdm
-
-from lm_eval_lora_ensemble.errors import EnsembleError
 
 if TYPE_CHECKING:
     import torch
+
     from lm_eval_lora_ensemble.train.engine import Engine
     from lm_eval_lora_ensemble.train.folder import EnsembleFolder
     from lm_eval_lora_ensemble.train.order import MicroBatch

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+
 from lm_eval_lora_ensemble.train.engine import Engine
 from lm_eval_lora_ensemble.train.examples import Example
 from lm_eval_lora_ensemble.train.layout import Layout
