@@ -36,34 +36,13 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig
+from shapes import SHAPES
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lm_eval_lora_ensemble.backend import LoraEnsembleLM
 from lm_eval_lora_ensemble.precision import fast_dtype
 from lm_eval_lora_ensemble.quickstart.base_model import resolve
 
-SHAPES = {
-    "tiny": LlamaConfig(
-        vocab_size=49152,
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=8192,
-    ),
-    "smollm2-135m": LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-    ),
-    "mistral-7b": MistralConfig(),
-}
 # (shared prefix, context, choices, tokens a choice, documents): like MMLU 5-shot and ARC-Challenge 25-shot
 SYNTHETIC = {"mmlu": (520, 110, 4, 1, 256), "arc": (0, 1050, 4, 6, 48), "hellaswag": (0, 60, 4, 30, 128)}
 

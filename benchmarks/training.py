@@ -25,7 +25,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+from shapes import SHAPES
+from transformers import AutoModelForCausalLM
 
 from lm_eval_lora_ensemble.precision import fast_dtype
 from lm_eval_lora_ensemble.train.adapters import attach, lora_config
@@ -36,27 +37,6 @@ from lm_eval_lora_ensemble.train.layout import Layout, chain, use_tree_rows
 from lm_eval_lora_ensemble.train.order import MicroBatch
 from lm_eval_lora_ensemble.train.recipe import Recipe
 
-SHAPES = {
-    "tiny": LlamaConfig(
-        vocab_size=1000,
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    ),
-    "smollm2-135m": LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-    ),
-    "mistral-7b": MistralConfig(),
-}
 CHOICES = 4
 CHOICE_TOKENS = 6
 
