@@ -212,7 +212,7 @@ def _read_run(folder: Path, date: str, files: Mapping[str, Path], asked: Path) -
     tasks: dict[str, Predictions] = {}
     skipped: dict[str, str] = {}
     for task, file in sorted(files.items()):
-        read = _read_task(file, task)
+        read = _read_task(file, task, of_ensemble="lora_ensemble" in (results.get("config") or {}))
         if isinstance(read, str):
             skipped[task] = read
         else:
@@ -283,8 +283,11 @@ class _Row:
     line: int
 
 
-def _read_task(path: Path, task: str) -> Predictions | str:
-    """Read a samples file; return why it cannot be analysed if it is not of a multiple-choice task."""
+def _read_task(path: Path, task: str, *, of_ensemble: bool) -> Predictions | str:
+    """Read a samples file; return why it cannot be analysed if it is not of a multiple-choice task.
+
+    In an ensemble's run a task whose samples carry no members' scores is not taken for a single model's.
+    """
     rows: dict[int, _Row] = {}
     wanted: str | None = None
     for number, sample in iter_samples(path):
@@ -292,6 +295,8 @@ def _read_task(path: Path, task: str) -> Predictions | str:
         wanted = sample.get("filter", "none") if wanted is None else wanted
         if sample.get("filter", "none") != wanted:
             continue
+        if of_ensemble and "members" not in sample:
+            return "its samples carry no members' scores: several gold answers, or uncertainty_metrics=False"
         scores = _scores(sample, f"{path}, line {number}")
         if isinstance(scores, str):
             return scores

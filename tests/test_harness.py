@@ -25,6 +25,9 @@ from lm_eval.tasks import TaskManager
 from lm_eval_lora_ensemble import harness
 from lm_eval_lora_ensemble.backend import LoraEnsembleLM
 from lm_eval_lora_ensemble.errors import EnsembleError
+from lm_eval_lora_ensemble.records import load_runs
+from lm_eval_lora_ensemble.uncertainty.battery import Battery
+from lm_eval_lora_ensemble.uncertainty.detection import detect
 
 TASKS = ("both", "varies_context", "several_golds", "quickstart_elements", "quickstart_countries")
 OURS = ("nll", "brier_score", "ece", "rms_ce", "predictive_entropy", "expected_entropy", "mutual_information")
@@ -63,8 +66,12 @@ def read(output: Path) -> tuple[dict, dict[str, list[dict]]]:
 
 
 @pytest.fixture(scope="module")
-def one_process(ensemble, task_folder, tmp_path_factory):
-    output = tmp_path_factory.mktemp("out")
+def output(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("out")
+
+
+@pytest.fixture(scope="module")
+def one_process(ensemble, task_folder, output):
     done = run(*command(ensemble, task_folder, output))
     return *read(output), done
 
@@ -135,6 +142,36 @@ def test_every_metric_follows_from_the_samples(one_process, task):
     assert row["nll_stderr,none"] == pytest.approx(
         scipy.stats.sem([s["nll"] for s in samples[task]]), abs=1e-6
     )
+
+
+def test_the_battery_reads_what_lm_eval_wrote(one_process, output):
+    """Real files, the real reader, and scikit-learn on the same samples."""
+    saved = load_runs(output)[0]
+    for task in ("quickstart_countries", "quickstart_elements"):
+        samples = one_process[1][task]
+        predictions = saved.predictions(task)
+        battery = {name: value[0] for name, value in Battery(predictions)(np.ones((1, len(samples)))).items()}
+        row = one_process[0]["results"][task]
+        for metric in OURS:
+            assert battery[metric] == pytest.approx(row[f"{metric},none"], abs=1e-9), metric
+        wrong = [1 - sample["ece"][1] for sample in samples]
+        for score, name in (("predictive_entropy", "entropy"), ("mutual_information", "mutual_information")):
+            values = [sample[score] for sample in samples]
+            assert battery[f"error_auroc_{name}"] == pytest.approx(
+                sklearn.metrics.roc_auc_score(wrong, values)
+            )
+            expected = sklearn.metrics.average_precision_score(wrong, values)
+            assert battery[f"error_aupr_{name}"] == pytest.approx(expected)
+    assert "several gold answers" in saved.skipped["several_golds"]
+    inside, outside = (saved.predictions(f"quickstart_{name}") for name in ("countries", "elements"))
+    found = detect(inside, outside, resamples=10)
+    entropies = [
+        [sample["predictive_entropy"] for sample in one_process[1][f"quickstart_{name}"]]
+        for name in ("countries", "elements")
+    ]
+    labels = [0] * len(entropies[0]) + [1] * len(entropies[1])
+    expected = sklearn.metrics.roc_auc_score(labels, [*entropies[0], *entropies[1]])
+    assert found["entropy"].auroc.value == pytest.approx(expected)
 
 
 def test_groups_pool_calibration_over_documents(one_process):
