@@ -22,6 +22,11 @@ from lm_eval_lora_ensemble.scoring.trie import PrefixTrie
 
 logger = logging.getLogger(__name__)
 
+# a row joins a pass if it fills this share of the longest row's length …
+FULLNESS = 0.85
+# … or while the pass is smaller than the token budget divided by this
+SMALLEST_SHARE = 16
+
 
 @dataclass
 class Work:
@@ -118,8 +123,18 @@ class PackedScorer:
             yield from self._run_stem(child, prefix, shared_prefix)
 
     def _fitting(self, rows: Sequence[Row]) -> int:
-        """Return how many of ``rows``, longest first, fit one forward pass; at least one."""
-        return max(1, min(len(rows), self.token_budget // rows[0].length))
+        """Return how many of ``rows``, longest first, make one forward pass; at least one.
+
+        Rows are padded to the longest, so much shorter ones wait for the next pass, unless this one would be
+        too small to keep a matrix product busy.
+        """
+        longest = rows[0].length
+        most = max(1, min(len(rows), self.token_budget // longest))
+        enough = self.token_budget // SMALLEST_SHARE // longest
+        count = 1
+        while count < most and (count < enough or rows[count].length >= FULLNESS * longest):
+            count += 1
+        return count
 
     def _halve_budget(self, rows: Sequence[Row]) -> None:
         self.token_budget = max(1, min(self.token_budget, len(rows) * rows[0].length) // 2)
