@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from peft import PeftModel
 from tqdm import tqdm
 
 from lm_eval_lora_ensemble import harness
@@ -103,12 +104,36 @@ class LoraEnsembleLM(HFLM):
     def _create_model(self, *args: Any, **kwargs: Any) -> None:
         """Load base model and first adapter exactly as ``hf`` with ``peft=`` does, then the other adapters."""
         super()._create_model(*args, **kwargs)
-        # PEFT calls the adapter it was loaded with "default"
+        self._load_further_members()
+
+    def _load_further_members(self) -> None:
+        """Load all adapters but the first, which PEFT has loaded under the name "default"."""
         self._adapter_names = ["default"] if self.ensemble.members else []
         for i, member in enumerate(self.ensemble.members[1:], start=1):
             name = f"member_{i}"
             self._model.load_adapter(str(member.folder), adapter_name=name)
             self._adapter_names.append(name)
+
+    def change_members(self, ensemble: Ensemble) -> None:
+        """Answer as another ensemble on the same base model, which stays loaded.
+
+        Raises:
+            EnsembleError: the ensemble is on another base model.
+        """
+        mine = self.ensemble
+        if (ensemble.base_model, ensemble.revision) != (mine.base_model, mine.revision):
+            raise EnsembleError(
+                f"{mine.base_model} is loaded and the new members are on {ensemble.base_model}; "
+                "start a new run for another base model"
+            )
+        base = self._model.unload() if mine.members else self._model
+        self.ensemble = ensemble
+        if ensemble.members:
+            base = PeftModel.from_pretrained(base, str(ensemble.members[0].folder))
+        self._model = base.eval()
+        self._load_further_members()
+        for derived in ("_packed_model", "_packed_trial"):
+            self.__dict__.pop(derived, None)
 
     def _activate(self, member: int) -> None:
         """Let the model answer as ``member``."""

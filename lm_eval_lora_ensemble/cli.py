@@ -24,6 +24,10 @@ VERBS: dict[str, tuple[str, str]] = {
         "lm_eval_lora_ensemble.check",
         "verify that every member of an ensemble is what it claims to be",
     ),
+    "sweep": (
+        "lm_eval_lora_ensemble.sweep.command",
+        "evaluate every epoch of an ensemble, the prior included",
+    ),
     "uncertainty": (
         "lm_eval_lora_ensemble.uncertainty.command",
         "compute the uncertainty battery from lm-eval's samples",

@@ -1,0 +1,1 @@
+"""Evaluate every epoch of an ensemble with the base model loaded once."""

@@ -1,0 +1,83 @@
+"""``lora-ensemble sweep``: how accuracy, calibration and disagreement move from the prior to overfitting."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from lm_eval_lora_ensemble.errors import EnsembleError
+from lm_eval_lora_ensemble.sweep.plan import SweepPlan
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument("ensemble", type=Path, help="an ensemble folder with kept epochs")
+    parser.add_argument("--tasks", required=True, metavar="A,B", help="in-domain lm-eval tasks or groups")
+    parser.add_argument("--ood", default="", metavar="A,B", help="out-of-domain tasks or groups")
+    parser.add_argument(
+        "--epochs", help="0..5 or 0,2,4; 0 is the base model alone (default: 0 and all that are kept)"
+    )
+    parser.add_argument("--members", type=int, help="use only the first so many members")
+    parser.add_argument("--output", type=Path, default=Path("sweep"), help="folder to write (default: sweep)")
+    parser.add_argument("--num_fewshot", type=int, help="examples in the context (default: the task's own)")
+    parser.add_argument("--limit", type=float, help="only so many documents (or this share) of each task")
+    parser.add_argument("--model_args", default="", metavar="K=V,…", help="further arguments, as lm_eval's")
+    parser.add_argument("--batch_size", default="auto", help="as lm_eval's (default: auto)")
+    parser.add_argument("--device", help="as lm_eval's")
+    parser.add_argument("--include_path", help="a folder of further task YAMLs")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Evaluate every epoch that is not there yet and say how to see them.
+
+    Raises:
+        EnsembleError: unknown epochs or tasks, or an output folder of another sweep.
+    """
+    tasks, ood = _names(arguments.tasks), _names(arguments.ood)
+    if not tasks:
+        raise EnsembleError("--tasks names no task")
+    both = sorted(set(tasks) & set(ood))
+    if both:
+        raise EnsembleError(f"{', '.join(both)} cannot be both in --tasks and in --ood")
+    plan = SweepPlan(
+        adapters=str(arguments.ensemble),
+        tasks=(*tasks, *ood),
+        ood=ood,
+        members=arguments.members,
+        num_fewshot=arguments.num_fewshot,
+        limit=arguments.limit,
+        model_args=_model_args(arguments.model_args),
+    )
+    ensembles = plan.ensembles(arguments.epochs)
+    plan.claim(arguments.output, ensembles)
+
+    # the plugin must be known to lm-eval before its task manager is made
+    from lm_eval_lora_ensemble._autoload import install
+
+    install(even_if_disabled=True)
+    from lm_eval_lora_ensemble.sweep.run import sweep
+
+    done = sweep(
+        plan,
+        ensembles,
+        arguments.output,
+        device=arguments.device,
+        batch_size=arguments.batch_size,
+        include_path=arguments.include_path,
+    )
+    for epoch, folder in done:
+        print(f"epoch {epoch}: {folder}")
+    flags = "".join(f" --ood {task}" for task in ood)
+    print(f"To see them: lora-ensemble report {arguments.output}{flags}")
+    return 0
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def _model_args(text: str) -> dict[str, Any]:
+    from lm_eval.utils import simple_parse_args_string
+
+    return dict(simple_parse_args_string(text)) if text else {}

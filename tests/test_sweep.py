@@ -1,0 +1,121 @@
+"""Every epoch evaluated with one loaded base model is what a run of its own gives; a sweep goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import random_adapters
+from harness_tasks import write_tasks
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+
+from lm_eval_lora_ensemble import cli, manifest
+from lm_eval_lora_ensemble.backend import LoraEnsembleLM
+from lm_eval_lora_ensemble.errors import EnsembleError
+from lm_eval_lora_ensemble.records import load_runs
+from lm_eval_lora_ensemble.sweep.plan import parse_epochs
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture(scope="module")
+def trained(llama, tmp_path_factory):
+    """Two members with two kept epochs, as training leaves them."""
+    folder = tmp_path_factory.mktemp("sweep") / "ensemble"
+    random_adapters(llama, folder, 2)
+    for epoch, spread in ((1, 0.1), (2, 0.5)):
+        random_adapters(llama, folder / f"epoch_{epoch}", 2, spread=spread)
+    entries = []
+    for m in range(2):
+        name = f"member_{m:02d}"
+        for epoch in (1, 2):
+            shutil.move(folder / f"epoch_{epoch}" / name, folder / name / f"epoch_{epoch:02d}")
+        entries.append(manifest.MemberEntry(name, name, m, {e: f"{name}/epoch_{e:02d}" for e in (1, 2)}))
+    for epoch in (1, 2):
+        shutil.rmtree(folder / f"epoch_{epoch}")
+    manifest.Manifest(str(llama), None, entries).write(folder)
+    return folder
+
+
+def sweep(trained, tasks, output, *extra):
+    words = ["sweep", str(trained), "--tasks", "plain_a", "--ood", "plain_b", "--output", str(output)]
+    return cli.main([*words, "--include_path", str(tasks), "--device", "cpu", *extra])
+
+
+def members_of(samples):
+    return [np.array(sample["members"]) for sample in samples]
+
+
+def test_each_epoch_is_what_its_own_run_gives_and_done_ones_are_skipped(trained, tasks, tmp_path, capsys):
+    assert sweep(trained, tasks, tmp_path / "out") == 0
+    assert "report" in capsys.readouterr().out
+    assert not (tmp_path / "out" / ".in_progress").exists()
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    both = {"tasks": ["plain_a", "plain_b"], "task_manager": manager, "bootstrap_iters": 0}
+    for epoch in (0, 1, 2):
+        folder = tmp_path / "out" / f"epoch_{epoch:02d}"
+        (run,) = load_runs(folder)
+        assert run.config["lora_ensemble"]["epoch"] == epoch
+        assert run.config["model_args"]["epoch"] == epoch
+        assert run.n_members == (1 if epoch == 0 else 2)
+        alone = LoraEnsembleLM(adapters=str(trained), epoch=epoch, device="cpu", batch_size="auto")
+        expected = simple_evaluate(model=alone, **both)
+        (file,) = folder.rglob("samples_plain_a_*.jsonl")
+        saved = [json.loads(line) for line in file.open()]
+        for mine, theirs in zip(members_of(saved), members_of(expected["samples"]["plain_a"]), strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+    (tmp_path / "out" / "epoch_01").rename(tmp_path / "kept")
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "epoch_02").rglob("*")}
+    assert sweep(trained, tasks, tmp_path / "out") == 0
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+    again, before = (
+        [json.loads(line)["members"] for f in sorted(place.rglob("samples_*.jsonl")) for line in f.open()]
+        for place in (tmp_path / "out" / "epoch_01", tmp_path / "kept")
+    )
+    assert again == before
+
+
+def test_another_sweep_is_refused(trained, tasks, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert sweep(trained, tasks, output, "--epochs", "0", "--limit", "2") == 0
+    assert sweep(trained, tasks, output, "--epochs", "0", "--limit", "3") == 2
+    assert "other limit" in capsys.readouterr().err
+    (tmp_path / "busy").mkdir()
+    (tmp_path / "busy" / "file").touch()
+    assert sweep(trained, tasks, tmp_path / "busy", "--epochs", "0") == 2
+    assert "holds other files" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--epochs", "3"], "no epoch 3"),
+        (["--epochs", "2..1"], "give epochs as"),
+        (["--epochs", "x"], "give epochs as"),
+        (["--ood", "plain_a"], "both in --tasks and in --ood"),
+        (["--tasks", "nonsense", "--epochs", "0"], "no task nonsense"),
+    ],
+)
+def test_what_cannot_be_swept_is_named(trained, tasks, tmp_path, capsys, extra, message):
+    assert sweep(trained, tasks, tmp_path / "out", *extra) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_epochs_are_read():
+    assert parse_epochs("0..2") == [0, 1, 2]
+    assert parse_epochs("4,0,2..3") == [0, 2, 3, 4]
+
+
+def test_another_base_model_is_refused(trained, mistral, tmp_path):
+    from lm_eval_lora_ensemble.members import find_ensemble
+
+    model = LoraEnsembleLM(adapters=str(trained), epoch=0, device="cpu")
+    other = find_ensemble(random_adapters(mistral, tmp_path / "other", 1))
+    with pytest.raises(EnsembleError, match="another base model"):
+        model.change_members(other)
