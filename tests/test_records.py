@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from lm_eval_lora_ensemble.errors import EnsembleError
-from lm_eval_lora_ensemble.records import iter_samples, load_runs, load_samples, merge_runs
+from lm_eval_lora_ensemble.records import load_runs, load_samples, merge_runs
+from lm_eval_lora_ensemble.samples import iter_samples
 from lm_eval_lora_ensemble.uncertainty.choices import choice_probabilities, with_other_class
 
 DATE = "2026-01-02T03-04-05.678901"

@@ -78,6 +78,18 @@ METRICS: dict[str, Metric] = {
     "coverage_at_5_risk": Metric("selection", "higher"),
 }
 
+# what each of the dearer preparations is for
+_MASS = {"ece_equal_mass"}
+_CLASSWISE = {
+    "classwise_ece",
+    *(name for name in METRICS if name.startswith("brier_") and name != "brier_score"),
+}
+_RANKED = {
+    score: {name for name in METRICS if METRICS[name].family == "selection" and name.endswith(f"_{score}")}
+    for score in _SCORES
+}
+_RANKED["max_probability"] |= {name for name in METRICS if name.endswith(("_coverage", "_risk"))}
+
 
 def uncertainty_scores(predictions: Predictions) -> dict[str, FloatArray]:
     """Return the scores that rank documents, (D,) each; higher is always less certain.
@@ -105,7 +117,7 @@ class Battery:
     Args:
         predictions: with gold answers.
         bins: of every binned calibration error.
-        families: which metrics to compute; without ``selection`` nothing is ranked, which is the dear part.
+        metrics: names of those to compute; what only others need, such as ranking, is not done.
 
     Raises:
         EnsembleError: the gold answers are unknown, ``bins`` < 1.
@@ -115,19 +127,24 @@ class Battery:
         self,
         predictions: Predictions,
         bins: int = DEFAULT_BINS,
-        families: Collection[str] = ("calibration", "information", "selection"),
+        metrics: Collection[str] = METRICS,
     ) -> None:
-        self._reported = [name for name, metric in METRICS.items() if metric.family in families]
+        self._reported = [name for name in METRICS if name in metrics]
         gold = predictions.require_gold()
         correct, confidence = predictions.correct, predictions.confidence
         means = _document_means(predictions)
         self._names = list(means)
         self._values = np.stack(list(means.values()), axis=1)
         self._bins = CalibrationBins(confidence, correct, bins)
-        self._mass_bins = CalibrationBins(confidence, correct, bins, "mass")
-        self._classes = ClasswiseBins(predictions.mixture, gold, bins, predictions.counts)
-        scores = uncertainty_scores(predictions) if "selection" in families else {}
-        self._rankings = {name: Ranking(scores[name], ~correct) for name in _SCORES if name in scores}
+        self._mass_bins = CalibrationBins(confidence, correct, bins, "mass") if _MASS & set(metrics) else None
+        self._classes = (
+            ClasswiseBins(predictions.mixture, gold, bins, predictions.counts)
+            if _CLASSWISE & set(metrics)
+            else None
+        )
+        self._ranked = [score for score in _SCORES if _RANKED[score] & set(metrics)]
+        scores = uncertainty_scores(predictions) if self._ranked else {}
+        self._rankings = {name: Ranking(scores[name], ~correct) for name in self._ranked if name in scores}
 
     def __call__(self, weights: FloatArray) -> dict[str, FloatArray]:
         """Return every metric, (R,), for ``weights`` (R, D) that are whole numbers."""
@@ -135,35 +152,36 @@ class Battery:
             means = weights @ self._values / weights.sum(axis=1, keepdims=True)
         values = dict(zip(self._names, means.T, strict=True))
         values.update(self._calibration(weights, values))
-        for name in _SCORES:
+        for name in self._ranked:
             values.update(self._selection(name, weights))
         return {name: values[name] for name in self._reported}
 
     def _calibration(self, weights: FloatArray, means: dict[str, FloatArray]) -> dict[str, FloatArray]:
         sums = self._bins.sums(weights)
-        classes = self._classes.sums(weights)
-        brier = decompose(classes, means["brier_score"])
-        return {
+        values = {
             "ece": sums.l1(),
-            "ece_equal_mass": self._mass_bins.sums(weights).l1(),
             "rms_ce": sums.l2(),
             "mce": sums.largest(),
             "squared_ce_debiased": sums.squared_debiased(),
-            "classwise_ece": classwise_l1(classes),
             "confidence_gap": means["confidence"] - means["accuracy"],
-            "brier_reliability": brier.reliability,
-            "brier_resolution": brier.resolution,
-            "brier_uncertainty": brier.uncertainty,
-            "brier_within_bin": brier.within_bin,
         }
+        if self._mass_bins is not None:
+            values["ece_equal_mass"] = self._mass_bins.sums(weights).l1()
+        if self._classes is not None:
+            classes = self._classes.sums(weights)
+            brier = decompose(classes, means["brier_score"])
+            values |= {
+                "classwise_ece": classwise_l1(classes),
+                "brier_reliability": brier.reliability,
+                "brier_resolution": brier.resolution,
+                "brier_uncertainty": brier.uncertainty,
+                "brier_within_bin": brier.within_bin,
+            }
+        return values
 
     def _selection(self, name: str, weights: FloatArray) -> dict[str, FloatArray]:
         if name not in self._rankings:
-            undefined = np.full(len(weights), np.nan)
-            return dict.fromkeys(
-                (f"error_auroc_{name}", f"error_aupr_{name}", f"aurc_{name}", f"excess_aurc_{name}"),
-                undefined,
-            )
+            return dict.fromkeys(_RANKED[name], np.full(len(weights), np.nan))
         runs = self._rankings[name].runs(weights)
         area = area_under_risk_coverage(runs)
         values = {

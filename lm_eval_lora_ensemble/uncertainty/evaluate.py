@@ -221,12 +221,12 @@ def _recalibrate(
     name: str, test: Predictions, fitted_on: str, calibration: Predictions, settings: Settings
 ) -> list[RecalibrationResult]:
     plan = settings.plan(name, test, clustered=len(np.unique(test.subjects)) > 1)
-    families = ("calibration",)
-    before = bootstrap(Battery(test, settings.bins, families), plan)
+    names = [name for name, metric in METRICS.items() if metric.family == "calibration"]
+    before = bootstrap(Battery(test, settings.bins, names), plan)
     results = []
     for order in ORDERS:
         fitted = recalibrate(calibration, test, order)
-        after = bootstrap(Battery(fitted.predictions, settings.bins, families), plan)
+        after = bootstrap(Battery(fitted.predictions, settings.bins, names), plan)
         change = after.minus(before)
         scalings = [s for s in fitted.scalings if isinstance(s, TemperatureScaling)]
         results.append(
