@@ -32,6 +32,10 @@ VERBS: dict[str, tuple[str, str]] = {
         "lm_eval_lora_ensemble.uncertainty.command",
         "compute the uncertainty battery from lm-eval's samples",
     ),
+    "report": (
+        "lm_eval_lora_ensemble.report.command",
+        "write a page, tables and figures from lm-eval's results folders",
+    ),
 }
 
 

@@ -36,6 +36,7 @@ class Run:
             have no samples are in ``skipped``.
         skipped: why a task or group is left out, by name.
         files: the samples file of each task.
+        seconds: what the evaluation took, where lm-eval recorded it.
     """
 
     source: str
@@ -45,6 +46,7 @@ class Run:
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
+    seconds: float | None = None
 
     @cached_property
     def identity(self) -> str:
@@ -187,6 +189,7 @@ def merge_runs(runs: Sequence[Run]) -> list[Run]:
                     groups={**other.groups, **run.groups},
                     skipped={**other.skipped, **run.skipped},
                     files={**other.files, **run.files},
+                    seconds=_sum(other.seconds, run.seconds),
                 )
                 break
         else:
@@ -213,7 +216,7 @@ def _read_run(folder: Path, date: str, files: Mapping[str, Path], asked: Path) -
             "samples files of two ensembles were mixed"
         )
     groups, partial = _groups(results.get("group_subtasks") or {}, set(tasks))
-    if len(files) > 1:
+    if asked.suffix != ".jsonl":  # one samples file was asked for, not what is beside it
         skipped.update(partial)
     config = results.get("config")
     source = str(asked if asked.is_file() else folder)
@@ -225,7 +228,19 @@ def _read_run(folder: Path, date: str, files: Mapping[str, Path], asked: Path) -
         groups,
         skipped,
         {task: str(files[task]) for task in tasks},
+        _seconds(results),
     )
+
+
+def _seconds(results: Mapping[str, Any]) -> float | None:
+    try:
+        return float(results["total_evaluation_time_seconds"])
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _sum(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a + b
 
 
 def _results_beside(folder: Path, date: str) -> dict[str, Any]:

@@ -133,7 +133,7 @@ def _single_model_scores(sample: Mapping[str, Any]) -> list[float] | None:
         return None
     values = [value for value, _ in pairs]
     half = len(values) // 2
-    contexts = [argument.get("arg_0") for argument in _arguments(sample)]
+    contexts = [argument.get("arg_0") for argument in arguments_of(sample)]
     # The metric acc_mutual_info scores every choice a second time, without its question.
     if (
         len(contexts) == len(values) == 2 * half
@@ -144,7 +144,7 @@ def _single_model_scores(sample: Mapping[str, Any]) -> list[float] | None:
     return values
 
 
-def _arguments(sample: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def arguments_of(sample: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Return the requests' arguments in order of the choices."""
     arguments = sample.get("arguments")
     if not isinstance(arguments, Mapping):
@@ -178,7 +178,7 @@ def _gold(sample: Mapping[str, Any], scores: FloatArray) -> tuple[int, str]:
     contexts vary and the continuation does not, it is neither; then the logged scores have to tell.
     """
     target, c = str(sample.get("target", "")).strip(), scores.shape[1]
-    texts = [str(argument.get("arg_1", "")).strip() for argument in _arguments(sample)][:c]
+    texts = [str(argument.get("arg_1", "")).strip() for argument in arguments_of(sample)][:c]
     if target.startswith("["):
         try:
             listed = ast.literal_eval(target)

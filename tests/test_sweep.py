@@ -45,7 +45,7 @@ def trained(llama, tmp_path_factory):
 
 def sweep(trained, tasks, output, *extra):
     words = ["sweep", str(trained), "--tasks", "plain_a", "--ood", "plain_b", "--output", str(output)]
-    return cli.main([*words, "--include_path", str(tasks), "--device", "cpu", *extra])
+    return cli.main([*words, "--include_path", str(tasks), *extra])
 
 
 def members_of(samples):

@@ -16,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 from lm_eval_lora_ensemble.errors import EnsembleError
+from lm_eval_lora_ensemble.report.command import require_libraries
 
 TASKS = ("quickstart_countries", "quickstart_elements")
 _KIND = {"quickstart_countries": "in-domain", "quickstart_elements": "out-of-domain"}
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train, evaluate, print the table and say where everything is; return 0."""
+    require_libraries()  # before minutes of work, not after
     console, start, output = Console(), time.monotonic(), arguments.output
     ensemble, results, report = (output / name for name in ("ensemble", "results", "report"))
     console.print("[bold]1/3[/] training members on questions about countries")
@@ -43,7 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
     page = _report(console, results, report)
     console.print(
         f"Trained in {trained - start:.0f} s, evaluated in {evaluated - trained:.0f} s. The ensemble is in "
-        f"{ensemble}, lm-eval's files are in {results}, this table is in {page}."
+        f"{ensemble}, lm-eval's files are in {results}.\nThe report, with figures and every question: {page}",
+        soft_wrap=True,
     )
     return 0
 
@@ -80,18 +83,15 @@ def _device() -> str:
 
 def _report(console: Console, results: Path, report: Path) -> Path:
     from lm_eval_lora_ensemble.records import load_runs
-    from lm_eval_lora_ensemble.report.summary import summarise, to_markdown, to_rich
+    from lm_eval_lora_ensemble.report.build import Options, make_report, write_report
+    from lm_eval_lora_ensemble.report.summary import summarise, to_rich
 
     # a results folder grows with every run; the newest is this one
     newest = max(load_runs(results), key=lambda run: run.date)
-    parts = []
     for task in TASKS:
         predictions = newest.predictions(task)
         title = f"{task}: {_KIND[task]}, {predictions.n_documents} questions"
-        rows = summarise(predictions)
-        console.print(to_rich(title, rows))
-        parts.append(to_markdown(title, rows))
-    report.mkdir(parents=True, exist_ok=True)
-    page = report / "summary.md"
-    page.write_text("\n".join(parts), encoding="utf-8")
-    return page
+        console.print(to_rich(title, summarise(predictions)))
+    inside, outside = TASKS
+    options = Options(title=f"Quickstart: trained on {inside}, asked about {outside}", ood=(outside,))
+    return write_report(make_report([newest], options), report)

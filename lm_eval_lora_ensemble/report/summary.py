@@ -61,10 +61,3 @@ def to_rich(title: str, rows: Sequence[SummaryRow]) -> Table:
         last = row is rows[-1]
         table.add_row(row.label, *cells, style="bold" if last else "", end_section=row is rows[-3])
     return table
-
-
-def to_markdown(title: str, rows: Sequence[SummaryRow]) -> str:
-    """Return the same table to paste into a page."""
-    lines = [f"### {title}", "", "| |" + "|".join(COLUMNS) + "|", "|---|" + "---:|" * len(COLUMNS)]
-    lines += [f"|{row.label}|" + "|".join(f"{value:.3f}" for value in row.values) + "|" for row in rows]
-    return "\n".join(lines) + "\n"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_lora_ensemble.errors import EnsembleError
-from lm_eval_lora_ensemble.sweep.plan import SweepPlan
+from lm_eval_lora_ensemble.sweep.plan import DEVICE, SweepPlan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=float, help="only so many documents (or this share) of each task")
     parser.add_argument("--model_args", default="", metavar="K=V,…", help="further arguments, as lm_eval's")
     parser.add_argument("--batch_size", default="auto", help="as lm_eval's (default: auto)")
-    parser.add_argument("--device", help="as lm_eval's")
+    parser.add_argument(
+        "--device", default=DEVICE, help="as lm_eval's (default: %(default)s if there is one)"
+    )
     parser.add_argument("--include_path", help="a folder of further task YAMLs")
 
 

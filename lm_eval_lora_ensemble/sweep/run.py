@@ -16,7 +16,7 @@ from lm_eval_lora_ensemble.backend import LoraEnsembleLM
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.members import Ensemble
 from lm_eval_lora_ensemble.plugin import MODEL_NAME
-from lm_eval_lora_ensemble.sweep.plan import SweepPlan
+from lm_eval_lora_ensemble.sweep.plan import DEVICE, SweepPlan
 
 SCRATCH = ".in_progress"
 
@@ -26,7 +26,7 @@ def sweep(
     ensembles: Mapping[int, Ensemble],
     output: Path,
     *,
-    device: str | None = None,
+    device: str = DEVICE,
     batch_size: str = "auto",
     include_path: str | None = None,
 ) -> Iterator[tuple[int, Path]]:
@@ -39,7 +39,7 @@ def sweep(
         plan: what to evaluate.
         ensembles: members of every epoch, from :meth:`.SweepPlan.ensembles`.
         output: the sweep's folder, made or checked by :meth:`.SweepPlan.claim`.
-        device: as lm-eval's; None for its default.
+        device: as lm-eval's.
         batch_size: as lm-eval's.
         include_path: a folder of further tasks.
 

@@ -88,7 +88,8 @@ _RANKED = {
     score: {name for name in METRICS if METRICS[name].family == "selection" and name.endswith(f"_{score}")}
     for score in _SCORES
 }
-_RANKED["max_probability"] |= {name for name in METRICS if name.endswith(("_coverage", "_risk"))}
+_COVERAGE = {name for name in METRICS if name.endswith(("_coverage", "_risk"))}
+_RANKED["max_probability"] |= _COVERAGE
 
 
 def uncertainty_scores(predictions: Predictions) -> dict[str, FloatArray]:
@@ -129,20 +130,21 @@ class Battery:
         bins: int = DEFAULT_BINS,
         metrics: Collection[str] = METRICS,
     ) -> None:
-        self._reported = [name for name in METRICS if name in metrics]
+        self._wanted = set(metrics)
+        self._reported = [name for name in METRICS if name in self._wanted]
         gold = predictions.require_gold()
         correct, confidence = predictions.correct, predictions.confidence
         means = _document_means(predictions)
         self._names = list(means)
         self._values = np.stack(list(means.values()), axis=1)
         self._bins = CalibrationBins(confidence, correct, bins)
-        self._mass_bins = CalibrationBins(confidence, correct, bins, "mass") if _MASS & set(metrics) else None
+        self._mass_bins = CalibrationBins(confidence, correct, bins, "mass") if _MASS & self._wanted else None
         self._classes = (
             ClasswiseBins(predictions.mixture, gold, bins, predictions.counts)
-            if _CLASSWISE & set(metrics)
+            if _CLASSWISE & self._wanted
             else None
         )
-        self._ranked = [score for score in _SCORES if _RANKED[score] & set(metrics)]
+        self._ranked = [score for score in _SCORES if _RANKED[score] & self._wanted]
         scores = uncertainty_scores(predictions) if self._ranked else {}
         self._rankings = {name: Ranking(scores[name], ~correct) for name in self._ranked if name in scores}
 
@@ -190,7 +192,7 @@ class Battery:
             f"aurc_{name}": area,
             f"excess_aurc_{name}": area - optimal_area(runs),
         }
-        if name == "max_probability":
+        if name == "max_probability" and _COVERAGE & self._wanted:
             values |= {f"accuracy_at_{c}_coverage": accuracy_at(runs, c / 100) for c in (50, 80, 90)}
             values["coverage_at_5_risk"] = coverage_at(runs, 0.05)
         return values

@@ -11,8 +11,8 @@ from lm_eval_lora_ensemble.records import Run
 from lm_eval_lora_ensemble.uncertainty import disagreement
 from lm_eval_lora_ensemble.uncertainty.arrays import FloatArray
 from lm_eval_lora_ensemble.uncertainty.battery import Battery
-from lm_eval_lora_ensemble.uncertainty.intervals import Estimate, bootstrap
-from lm_eval_lora_ensemble.uncertainty.predictions import check_same_documents
+from lm_eval_lora_ensemble.uncertainty.intervals import Estimate, Statistics, bootstrap
+from lm_eval_lora_ensemble.uncertainty.predictions import Predictions, check_same_documents
 from lm_eval_lora_ensemble.uncertainty.result import Settings
 
 
@@ -51,19 +51,7 @@ def compare_runs(a: Run, b: Run, settings: Settings | None = None) -> dict[str, 
         difference = bootstrap(Battery(first, chosen.bins), plan).minus(
             bootstrap(Battery(second, chosen.bins), plan)
         )
-        values = np.stack(
-            [
-                disagreement.agreement(first.mixture, second.mixture),
-                disagreement.total_variation(first.mixture, second.mixture),
-            ],
-            axis=1,
-        )
-
-        def means(weights: FloatArray, values: FloatArray = values) -> dict[str, FloatArray]:
-            same, distance = (weights @ values / weights.sum(axis=1, keepdims=True)).T
-            return {"agreement": same, "total_variation": distance}
-
-        between = bootstrap(means, plan)
+        between = bootstrap(distance_statistics(first, second), plan)
         results[name] = Comparison(
             documents=first.n_documents,
             difference={n: difference.estimate(n) for n in difference.value},
@@ -71,3 +59,25 @@ def compare_runs(a: Run, b: Run, settings: Settings | None = None) -> dict[str, 
             total_variation=between.estimate("total_variation"),
         )
     return results
+
+
+def distance_statistics(a: Predictions, b: Predictions) -> Statistics:
+    """Return ``agreement`` and ``total_variation`` of two ensembles as a function of document weights.
+
+    Raises:
+        EnsembleError: other documents in one than in the other.
+    """
+    check_same_documents(a, b)
+    values = np.stack(
+        [
+            disagreement.agreement(a.mixture, b.mixture),
+            disagreement.total_variation(a.mixture, b.mixture),
+        ],
+        axis=1,
+    )
+
+    def means(weights: FloatArray) -> dict[str, FloatArray]:
+        same, distance = (weights @ values / weights.sum(axis=1, keepdims=True)).T
+        return {"agreement": same, "total_variation": distance}
+
+    return means

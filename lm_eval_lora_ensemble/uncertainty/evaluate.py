@@ -133,7 +133,7 @@ def _evaluate_task(
     parts = [drawn[leaf] for leaf in leaves] if clustered else []
     metrics = {}
     for metric in METRICS:
-        macro, count = _macro(metric, parts, settings.level) if parts else (None, 0)
+        macro, count = macro_mean(metric, parts, settings.level) if parts else (None, 0)
         metrics[metric] = MetricResult(
             ensemble=ensemble.estimate(metric),
             members=tuple(member.value[metric] for member in members),
@@ -160,7 +160,7 @@ def _evaluate_task(
     return result, ensemble
 
 
-def _macro(metric: str, parts: Sequence[Bootstrapped], level: float) -> tuple[Estimate, int]:
+def macro_mean(metric: str, parts: Sequence[Bootstrapped], level: float) -> tuple[Estimate, int]:
     """Average a metric over tasks, each resampled on its own; undefined values are left out."""
     values = np.array([part.value[metric] for part in parts])
     defined = np.isfinite(values)

@@ -10,14 +10,15 @@ vary with other questions of the same kind, not with other training seeds.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+from scipy import special
+from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.uncertainty.arrays import FloatArray, IntArray
@@ -216,9 +217,15 @@ def bootstrap(statistics: Statistics, plan: Plan) -> Bootstrapped:
     value = {name: float(v[0]) for name, v in statistics(np.ones((1, plan.documents))).items()}
     # The products are too small for BLAS to gain from threads, and on a busy machine its threads spin while
     # they wait for each other: measured, ten times slower.
-    with threadpool_limits(limits=1, user_api="blas"):
+    with _thread_pools().limit(limits=1, user_api="blas"):
         resampled, jackknife = _collect(statistics, plan.draws()), _collect(statistics, plan.leave_out())
     return Bootstrapped(plan, value, resampled, jackknife)
+
+
+@functools.cache
+def _thread_pools() -> ThreadpoolController:
+    """Find the loaded BLAS libraries once: it takes longer than bootstrapping a small task."""
+    return ThreadpoolController()
 
 
 def _collect(statistics: Statistics, chunks: Iterator[FloatArray]) -> dict[str, FloatArray]:
@@ -253,9 +260,9 @@ def interval(value: float, resampled: FloatArray, jackknife: FloatArray, level: 
     slack = 1e-12 * max(1.0, abs(value))
     below = np.mean(defined < value - slack) + 0.5 * np.mean(np.abs(defined - value) <= slack)
     bca = nowhere
-    if abs(z0 := stats.norm.ppf(below)) <= _MAX_BIAS:
-        z = z0 + stats.norm.ppf(tails)
-        shares = stats.norm.cdf(z0 + z / (1 - _acceleration(jackknife) * z))
+    if abs(z0 := special.ndtri(below)) <= _MAX_BIAS:
+        z = z0 + special.ndtri(tails)
+        shares = special.ndtr(z0 + z / (1 - _acceleration(jackknife) * z))
         first, last = np.quantile(defined, shares)
         bca = (float(first), float(last))
     return Estimate(

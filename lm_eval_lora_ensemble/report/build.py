@@ -1,0 +1,241 @@
+"""From lm-eval's files to a folder with the report: nothing but those files is read, and it appears in one step."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from lm_eval_lora_ensemble.errors import EnsembleError, one_line
+from lm_eval_lora_ensemble.records import Run
+from lm_eval_lora_ensemble.report import headline, markdown, page
+from lm_eval_lora_ensemble.report.documents import Document, pick_documents
+from lm_eval_lora_ensemble.report.entries import Entry, make_entries
+from lm_eval_lora_ensemble.report.leaderboard import Board, leaderboard
+from lm_eval_lora_ensemble.report.series import Between, Series, compare_series, make_series
+from lm_eval_lora_ensemble.uncertainty.detection import Detection, detect
+from lm_eval_lora_ensemble.uncertainty.result import Settings, plain
+
+MARK = "report.json"
+"""The file by which a folder is known to be a report, and may be replaced by a newer one."""
+
+Detections = dict[int, dict[str, dict[str, dict[str, Detection]]]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a report holds.
+
+    Attributes:
+        title: of the page.
+        ood: tasks or groups that are out-of-domain.
+        settings: bins, resamples, seed, level.
+        documents: about how many documents the page shows.
+        figures: at most how many figures are drawn.
+    """
+
+    title: str = "How far can these probabilities be trusted?"
+    ood: tuple[str, ...] = ()
+    settings: Settings = field(default_factory=Settings)
+    documents: int = 3000
+    figures: int = 24
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """Everything the files are made from.
+
+    Attributes:
+        options: what was asked for.
+        entries: the runs.
+        boards: the leaderboard, groups before the tasks they hold.
+        detections: by run, in-domain task, out-of-domain task and score.
+        series: epochs by ensemble and task.
+        between: swept ensembles against each other.
+        documents: the documents worth looking at.
+        statements: the report in sentences.
+        notes: what is left out or not comparable, and why.
+    """
+
+    options: Options
+    entries: list[Entry]
+    boards: list[Board]
+    detections: Detections
+    series: list[Series]
+    between: list[Between]
+    documents: list[Document]
+    statements: list[str]
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return report.json: every cell with its value, limits, direction, n and samples files."""
+        return plain(
+            {
+                "generator": f"lm-eval-lora-ensemble {version('lm-eval-lora-ensemble')}",
+                "title": self.options.title,
+                "settings": self.options.settings,
+                "ood": self.options.ood,
+                "runs": [
+                    {
+                        "label": entry.label,
+                        "source": entry.run.source,
+                        "date": entry.run.date,
+                        "members": entry.run.n_members,
+                        "epoch": entry.run.epoch,
+                        "seconds": entry.run.seconds,
+                        "config": entry.run.config,
+                        "files": entry.run.files,
+                    }
+                    for entry in self.entries
+                ],
+                "statements": self.statements,
+                "leaderboard": self.boards,
+                "detection": self.detections,
+                "series": self.series,
+                "between": self.between,
+                "notes": self.notes,
+            }
+        )
+
+
+def make_report(
+    runs: Sequence[Run], options: Options, tell: Callable[[str], None] = lambda _: None
+) -> Report:
+    """Compute everything the report shows.
+
+    Args:
+        runs: from :func:`~lm_eval_lora_ensemble.records.load_runs`.
+        options: what to show.
+        tell: is told what is being worked on.
+
+    Raises:
+        EnsembleError: no run has a task with gold answers, or no run has an out-of-domain task.
+    """
+    entries = make_entries(runs)
+    for name in options.ood:
+        if not any(name in e.run.tasks or name in e.run.groups for e in entries):
+            known = sorted({n for e in entries for n in e.run.names()})
+            raise EnsembleError(f"no run has the out-of-domain task {name!r}; tasks are {', '.join(known)}")
+    boards: list[Board] = []
+    for board in leaderboard(entries, options.settings):
+        tell(f"leaderboard: {board.task}")
+        boards.append(board)
+    if not boards:
+        reasons = {f"{n}: {why}" for e in entries for n, why in _unknown_golds(e.run).items()}
+        raise EnsembleError(f"no task of any run has gold answers: {'; '.join(sorted(reasons))}")
+    boards.sort(key=lambda board: -len(board.tasks))  # groups first; within equals the runs' own order
+    tell("epochs and out-of-domain detection")
+    series = make_series(entries, options.settings)
+    detections = _detections(entries, options)
+    tell("documents")
+    return Report(
+        options=options,
+        entries=entries,
+        boards=boards,
+        detections=detections,
+        series=series,
+        between=compare_series(entries, options.settings),
+        documents=pick_documents(entries, options.documents),
+        statements=headline.sentences(entries, boards, detections),
+        notes=[*dict.fromkeys(note for board in boards for note in board.notes), *_left_out(entries)],
+    )
+
+
+def _unknown_golds(run: Run) -> dict[str, str]:
+    return {name: p.missing_gold for name, p in run.tasks.items() if p.gold is None}
+
+
+def _left_out(entries: Sequence[Entry]) -> list[str]:
+    return [
+        one_line(f"{entry.label}: {name} is left out: {why}")
+        for entry in entries
+        for name, why in {**entry.run.skipped, **_unknown_golds(entry.run)}.items()
+    ]
+
+
+def _detections(entries: Sequence[Entry], options: Options) -> Detections:
+    """Tell out-of-domain from in-domain documents in every run that has both; of a sweep, in the last epoch."""
+    found: Detections = {}
+    last = {
+        e.series: max(x.run.epoch or 0 for x in entries if x.series == e.series)
+        for e in entries
+        if e.series is not None
+    }
+    for index, entry in enumerate(entries):
+        if entry.series is not None and entry.run.epoch != last[entry.series]:
+            continue
+        out = [name for name in options.ood if name in entry.run.names()]
+        outside = {leaf for name in out for leaf in entry.run.leaves(name)}
+        inside = [n for n in entry.run.top_level() if not outside & set(entry.run.leaves(n))]
+        if out and inside:
+            found[index] = {
+                name: {o: _detect(entry.run, name, o, options.settings) for o in out} for name in inside
+            }
+    return found
+
+
+def _detect(run: Run, inside: str, outside: str, settings: Settings) -> dict[str, Detection]:
+    return detect(
+        run.predictions(inside),
+        run.predictions(outside),
+        resamples=settings.resamples,
+        seed=settings.seed,
+        level=settings.level,
+    )
+
+
+def write_report(report: Report, output: Path, tell: Callable[[str], None] = lambda _: None) -> Path:
+    """Write all files beside ``output`` and put them there in one step; return the page's path.
+
+    Raises:
+        EnsembleError: ``output`` exists and is not an earlier report, or cannot be written.
+    """
+    if output.exists() and not (output / MARK).is_file() and (output.is_file() or any(output.iterdir())):
+        raise EnsembleError(f"{output} exists and is not a report; name a new folder with --output")
+    scratch = output.with_name(f".{output.name}.writing")
+    try:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        _write(report, scratch, tell)
+        if output.exists():
+            shutil.rmtree(output)
+        scratch.replace(output)
+    except OSError as error:
+        raise EnsembleError(f"{output} cannot be written ({error}); name another --output") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return output / page.FILE_NAME
+
+
+def _write(report: Report, folder: Path, tell: Callable[[str], None]) -> None:
+    # matplotlib takes a second to import
+    from lm_eval_lora_ensemble.report import illustrations
+
+    options = report.options
+    every = illustrations.choose(
+        report.entries, report.series, report.between, report.detections, options.settings
+    )
+    drawn = every[: options.figures]
+    notes = list(report.notes)
+    if len(drawn) < len(every):
+        notes.append(f"{len(drawn)} of {len(every)} figures are drawn; --figures {len(every)} draws all")
+    (folder / "figures").mkdir()
+    for picture in drawn:
+        tell(f"figure: {picture.title}")
+        picture.write(folder / "figures")
+    data: Mapping[str, Any] = {**report.to_dict(), "notes": notes}
+    (folder / MARK).write_text(
+        json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8"
+    )
+    (folder / "leaderboard.csv").write_text(markdown.to_csv(report.boards), encoding="utf-8")
+    (folder / "report.md").write_text(
+        markdown.to_markdown(options.title, report.boards, report.statements), encoding="utf-8"
+    )
+    tell("page")
+    (folder / page.FILE_NAME).write_text(
+        page.render(report, drawn, folder / "figures", notes), encoding="utf-8"
+    )

@@ -1,0 +1,91 @@
+"""``lora-ensemble report``: a page, tables and figures from lm-eval's results folders."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from pathlib import Path
+
+from lm_eval_lora_ensemble.errors import EnsembleError
+from lm_eval_lora_ensemble.records import load_runs, merge_runs
+from lm_eval_lora_ensemble.uncertainty.calibration import DEFAULT_BINS
+from lm_eval_lora_ensemble.uncertainty.result import Settings
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument(
+        "results",
+        nargs="+",
+        type=Path,
+        metavar="RESULTS",
+        help="lm_eval's output folders, results_*.json or samples_*.jsonl, of any number of runs and models",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("report"), help="folder to write (default: report)"
+    )
+    parser.add_argument(
+        "--ood", action="append", default=[], metavar="TASK", help="a task that is out-of-domain; repeatable"
+    )
+    parser.add_argument("--title", help="of the page")
+    parser.add_argument(
+        "--bins", type=int, default=DEFAULT_BINS, help="calibration bins (default %(default)s)"
+    )
+    parser.add_argument(
+        "--resamples", type=int, default=1000, help="bootstrap resamples (default %(default)s)"
+    )
+    parser.add_argument("--level", type=float, default=0.95, help="of the intervals (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the resampling (default %(default)s)")
+    parser.add_argument(
+        "--documents", type=int, default=3000, help="documents the page shows, about (default %(default)s)"
+    )
+    parser.add_argument("--figures", type=int, default=24, help="figures drawn at most (default %(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Read, compute, write, and say where the page is.
+
+    Raises:
+        EnsembleError: nothing to report on, an unknown task, or an output folder that is something else.
+    """
+    page = report_on(arguments)
+    print(f"Report: {page}")
+    return 0
+
+
+def require_libraries() -> None:
+    """Check that what only reports need is installed.
+
+    Raises:
+        EnsembleError: it is not.
+    """
+    for module in ("matplotlib", "jinja2"):
+        if importlib.util.find_spec(module) is None:
+            raise EnsembleError(f"{module} is missing; pip install 'lm-eval-lora-ensemble[report]'")
+
+
+def report_on(arguments: argparse.Namespace) -> Path:
+    """Do what :func:`run` does without printing; return the page's path."""
+    require_libraries()
+    from rich.console import Console
+    from rich.markup import escape
+
+    from lm_eval_lora_ensemble.report.build import Options, make_report, write_report
+
+    options = Options(
+        ood=tuple(dict.fromkeys(arguments.ood)),
+        settings=Settings(
+            bins=arguments.bins, resamples=arguments.resamples, seed=arguments.seed, level=arguments.level
+        ),
+        documents=arguments.documents,
+        figures=arguments.figures,
+        **({"title": arguments.title} if arguments.title else {}),
+    )
+    with Console(stderr=True).status("reading") as status:
+
+        def tell(text: str) -> None:
+            status.update(escape(text))
+
+        runs = merge_runs([one for place in arguments.results for one in load_runs(place)])
+        report = make_report(runs, options, tell)
+        return write_report(report, arguments.output, tell)

@@ -1,0 +1,233 @@
+"""Which figures a report gets, and their captions; what they look like is :mod:`.figures`' business."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lm_eval_lora_ensemble.report import figures
+from lm_eval_lora_ensemble.report.entries import Entry
+from lm_eval_lora_ensemble.report.series import Between, EpochPoint, Series
+from lm_eval_lora_ensemble.uncertainty.detection import Detection
+from lm_eval_lora_ensemble.uncertainty.intervals import Estimate
+from lm_eval_lora_ensemble.uncertainty.predictions import Predictions
+from lm_eval_lora_ensemble.uncertainty.result import Settings
+from lm_eval_lora_ensemble.uncertainty.size import SizeRow, by_size
+
+_COLUMNS = 2
+_PANEL = (5.6, 4.6)  # inches
+
+Draw = Callable[[Axes], object]
+Score = Literal["predictive_entropy", "mutual_information"]
+
+
+@dataclass(frozen=True)
+class Illustration:
+    """A figure of the report: one or several panels, written as ``{name}.svg`` and ``{name}.png``."""
+
+    name: str
+    title: str
+    caption: str
+    panels: Sequence[Draw]
+
+    def write(self, folder: Path) -> None:
+        """Draw all panels and write both files into ``folder``."""
+        rows = -(-len(self.panels) // _COLUMNS)
+        figure = Figure(figsize=(_PANEL[0] * _COLUMNS, _PANEL[1] * rows), layout="constrained")
+        for i, draw in enumerate(self.panels, start=1):
+            draw(figure.add_subplot(rows, _COLUMNS, i))
+        figures.save(figure, folder / self.name)
+
+
+def choose(
+    entries: Sequence[Entry],
+    series: Sequence[Series],
+    between: Sequence[Between],
+    detections: Mapping[int, Mapping[str, Mapping[str, Mapping[str, Detection]]]],
+    settings: Settings,
+) -> list[Illustration]:
+    """Return the figures of a report, those of whole sweeps first.
+
+    Args:
+        entries: the runs.
+        series: epochs by ensemble and task.
+        between: comparisons of swept ensembles.
+        detections: by run, in-domain task, out-of-domain task and score.
+        settings: bins, resamples, level.
+    """
+    return [
+        *_of_series(series, between),
+        *(
+            picture
+            for index, by_inside in detections.items()
+            for picture in _of_detection(index, entries[index], by_inside)
+        ),
+        *(
+            picture
+            for index, entry in enumerate(entries)
+            if _is_last_of_series(entry, entries)
+            for task in entry.run.top_level()
+            for picture in _of_task(index, entry, task, settings)
+        ),
+    ]
+
+
+def _is_last_of_series(entry: Entry, entries: Sequence[Entry]) -> bool:
+    same = [e.run.epoch or 0 for e in entries if e.series is not None and e.series == entry.series]
+    return entry.series is None or (entry.run.epoch or 0) == max(same)
+
+
+def _name(*parts: object) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", "-".join(map(str, parts)))[:120]
+
+
+def _of_task(index: int, entry: Entry, task: str, settings: Settings) -> Iterator[Illustration]:
+    p = entry.run.predictions(task)
+    if p.gold is None:
+        return
+    n = f"{p.n_documents} documents, {p.n_members} member{'s' if p.n_members > 1 else ''}"
+    yield Illustration(
+        _name("task", index, task),
+        f"{entry.label} on {task}",
+        f"{n}. Reliability with {settings.bins} bins and Wilson intervals; confidence of right and wrong answers; "
+        "what members disagree about against all uncertainty; error rate among the most certain documents.",
+        [
+            lambda ax: figures.plot_reliability(p, bins=settings.bins, level=settings.level, ax=ax),
+            lambda ax: figures.plot_confidence_histogram(p, bins=settings.bins, ax=ax),
+            lambda ax: figures.plot_information_map(p, ax=ax),
+            lambda ax: figures.plot_risk_coverage(p, level=settings.level, ax=ax),
+        ],
+    )
+    if p.n_members == 1:
+        return
+    rows = by_size(p, bins=settings.bins, max_subsets=16, seed=settings.seed)
+
+    yield Illustration(
+        _name("size", index, task),
+        f"{entry.label} on {task}: how many members are enough?",
+        f"{n}. Mean over ensembles of k of the members, and the spread between them.",
+        [partial(_size_panel, rows, metric) for metric in ("accuracy", "nll", "ece", "mutual_information")],
+    )
+
+
+def _size_panel(rows: Sequence[SizeRow], metric: str, ax: Axes) -> object:
+    return figures.plot_by_size(rows, metric=metric, ax=ax)
+
+
+def _of_detection(
+    index: int, entry: Entry, by_inside: Mapping[str, Mapping[str, Mapping[str, Detection]]]
+) -> Iterator[Illustration]:
+    for inside, by_outside in by_inside.items():
+        here = entry.run.predictions(inside)
+        there = {name: entry.run.predictions(name) for name in by_outside}
+        scores: list[Score] = ["predictive_entropy", *(["mutual_information"] if here.n_members > 1 else [])]
+        yield Illustration(
+            _name("detection", index, inside),
+            f"{entry.label}: does it know that it left {inside}?",
+            "Uncertainty in-domain and out-of-domain, and how well each score tells the two apart "
+            "(AUROC with interval; 0.5 is chance, higher means the score rises out-of-domain).",
+            [
+                *(partial(_histogram, here, there, score, inside) for score in scores),
+                partial(_dots, by_outside),
+            ],
+        )
+
+
+def _histogram(
+    here: Predictions, there: Mapping[str, Predictions], score: Score, inside: str, ax: Axes
+) -> object:
+    return figures.plot_uncertainty_histograms(here, there, score=score, in_domain_name=inside, ax=ax)
+
+
+def _dots(rows: Mapping[str, Mapping[str, Detection]], ax: Axes) -> object:
+    return figures.plot_detection(rows, ax=ax)
+
+
+def _of_series(series: Sequence[Series], between: Sequence[Between]) -> Iterator[Illustration]:
+    for task in dict.fromkeys(s.task for s in series):
+        having = [s for s in series if s.task == task]
+        n = f"{having[0].documents} documents"
+        yield Illustration(
+            _name("epochs", task),
+            f"{task}: epoch by epoch",
+            f"{n}; epoch 0 is the prior. M = 1 is the mean single member. Bands are intervals over documents.",
+            [partial(_epoch_panel, having, metric) for metric in _EPOCH_LABELS],
+        )
+        if any(point.retention for s in having for point in s.points):
+            yield Illustration(
+                _name("retention", task),
+                f"{task}: what is left of the prior",
+                f"{n}. Kept: of what the prior answered right, the share still right. Gained: of what it "
+                "answered wrong, the share right now. Agreement, total variation and divergence are from the prior.",
+                [partial(_retention_panel, having, measure) for measure in _RETENTION_LABELS],
+            )
+    for first, second in dict.fromkeys((b.first, b.second) for b in between):
+        of_pair = [b for b in between if (b.first, b.second) == (first, second)]
+        yield Illustration(
+            _name("between", first, second),
+            f"{first} against {second}",
+            "Two ensembles at the same epoch: share of equal predictions, and mean total variation distance.",
+            [
+                partial(_between_panel, of_pair, "agreement", "agreement, share"),
+                partial(_between_panel, of_pair, "total_variation", "total variation"),
+            ],
+        )
+
+
+def _between_panel(pairs: Sequence[Between], measure: str, label: str, ax: Axes) -> object:
+    curves = [figures.Curve(b.task, tuple(map(float, b.epochs)), getattr(b, measure)) for b in pairs]
+    return figures.plot_curves(curves, ylabel=label, ax=ax)
+
+
+_EPOCH_LABELS = {
+    "accuracy": "accuracy, share",
+    "nll": "nll, nats",
+    "ece": "ece, share",
+    "predictive_entropy": "predictive entropy, nats",
+    "mutual_information": "mutual information, nats",
+}
+_RETENTION_LABELS = {
+    "kept": "kept of the prior's right answers, share",
+    "gained": "gained of the prior's wrong answers, share",
+    "agreement": "agreement with the prior, share",
+    "total_variation": "total variation from the prior",
+    "kl_to_prior": "divergence from the prior, nats",
+}
+
+
+def _epoch_panel(series: Sequence[Series], metric: str, ax: Axes) -> object:
+    # one member has no mutual information
+    single = metric != "mutual_information"
+    curves = _curves(series, lambda p: p.ensemble[metric], lambda p: p.single[metric] if single else None)
+    return figures.plot_curves(curves, ylabel=_EPOCH_LABELS[metric], ax=ax)
+
+
+def _retention_panel(series: Sequence[Series], measure: str, ax: Axes) -> object:
+    curves = _curves(series, lambda p: p.retention.get(measure), lambda p: p.retention_single.get(measure))
+    return figures.plot_curves(curves, ylabel=_RETENTION_LABELS[measure], ax=ax)
+
+
+def _curves(
+    series: Sequence[Series],
+    of_ensemble: Callable[[EpochPoint], Estimate | None],
+    of_single: Callable[[EpochPoint], Estimate | None],
+) -> list[figures.Curve]:
+    """Return the curves of the mean member and of the ensemble, for each series."""
+    curves = []
+    for s in series:
+        members = max(point.members for point in s.points)
+        name = f"{s.label}, " if len(series) > 1 else ""
+        kinds = [(1, of_single), (members, of_ensemble)] if members > 1 else [(1, of_ensemble)]
+        for m, estimate_of in kinds:
+            known = [(float(p.epoch), e) for p in s.points if (e := estimate_of(p)) is not None]
+            if known:
+                x, estimates = zip(*known, strict=True)
+                curves.append(figures.Curve(f"{name}M = {m}", x, estimates))
+    return curves

@@ -1,0 +1,294 @@
+"""The leaderboard: a cell for every run, row, task and metric, each with its interval and its samples file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from lm_eval_lora_ensemble.errors import EnsembleError
+from lm_eval_lora_ensemble.report.entries import Entry
+from lm_eval_lora_ensemble.uncertainty.battery import METRICS, Battery
+from lm_eval_lora_ensemble.uncertainty.evaluate import macro_mean
+from lm_eval_lora_ensemble.uncertainty.intervals import Bootstrapped, Estimate, bootstrap, mean_of
+from lm_eval_lora_ensemble.uncertainty.predictions import Predictions, check_same_documents
+from lm_eval_lora_ensemble.uncertainty.result import Settings
+
+COLUMNS: dict[str, str] = {
+    "accuracy": "acc",
+    "nll": "nll",
+    "brier_score": "brier",
+    "ece": "ece",
+    "predictive_entropy": "entropy",
+    "mutual_information": "MI",
+    "aurc_max_probability": "AURC",
+    "error_auroc_max_probability": "AUROC of errors",
+}
+"""The leaderboard's metrics, in the battery's names, and the heads of their columns."""
+
+KINDS = ("ensemble", "model", "macro", "mean member", "best member")
+"""The rows of a run, in the order they are shown."""
+
+# documents times resamples: above it, resamples become fewer, and the intervals' own limits a little rougher
+_DRAWS = 20_000_000
+_FEWEST_RESAMPLES = 200
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of the report.
+
+    Attributes:
+        value: NaN where the metric is undefined.
+        display: as it is shown.
+        standard_error: over the resamples.
+        low, high: the interval's limits, NaN where there is none.
+        interval: ``bca`` or ``basic``.
+        direction: ``higher`` or ``lower`` is better, or neither.
+        unit: nats, or none.
+        n: documents.
+        resamples: R of the interval.
+        source: the samples files it follows from.
+        best: better than every other row of its task by a paired interval that excludes 0; never a member
+            that was chosen in hindsight.
+    """
+
+    value: float
+    display: str
+    standard_error: float
+    low: float
+    high: float
+    interval: str
+    direction: str
+    unit: str
+    n: int
+    resamples: int
+    source: tuple[str, ...]
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of one task.
+
+    Attributes:
+        entry: index of the run.
+        kind: ``ensemble``, ``model``, ``mean member``, ``best member`` (lowest nll, in hindsight), or
+            ``macro`` (unweighted mean of the ensemble's values over a group's tasks).
+        label: as shown.
+        cells: by metric.
+    """
+
+    entry: int
+    kind: str
+    label: str
+    cells: dict[str, Cell]
+
+
+@dataclass(frozen=True)
+class Board:
+    """All rows of one task or group.
+
+    Attributes:
+        task: its name.
+        tasks: the tasks it pools; itself for a task.
+        top: whether no other group holds its documents.
+        documents: (fewest, most) over the runs.
+        rows: run by run.
+        gains: by run, the ensemble minus its mean member, paired; for runs of several members, at the top.
+        notes: what a reader must know, such as documents that differ between the runs.
+    """
+
+    task: str
+    tasks: tuple[str, ...]
+    top: bool
+    documents: tuple[int, int]
+    rows: list[Row]
+    gains: dict[int, dict[str, Cell]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
+class _Drawn:
+    """A row before its cells are made: the resamples are what pairs it with others."""
+
+    entry: int
+    kind: str
+    label: str
+    drawn: Bootstrapped
+    predictions: Predictions
+
+
+def leaderboard(entries: Sequence[Entry], settings: Settings) -> Iterator[Board]:
+    """Yield the board of every task and group, tasks before the groups that hold them.
+
+    A task without gold answers in some run has no row for that run.
+    """
+    names = list(dict.fromkeys(name for e in entries for name in (*e.run.tasks, *e.run.groups)))
+    groups = {name for e in entries for name in e.run.groups}
+    ensembles: dict[tuple[int, str], Bootstrapped] = {}
+    for name in sorted(names, key=lambda name: (name in groups, names.index(name))):
+        having = [(i, e) for i, e in enumerate(entries) if name in e.run.tasks or name in e.run.groups]
+        drawn = [row for i, entry in having for row in _draw(i, entry, name, settings)]
+        if not drawn:
+            continue
+        leaves = having[0][1].run.leaves(name)
+        top = any(name in e.run.top_level() for _, e in having)
+        ensembles |= {(row.entry, name): row.drawn for row in drawn if row.kind in ("ensemble", "model")}
+        sizes = [row.predictions.n_documents for row in drawn]
+        comparable = _same_documents(drawn)
+        best = _best(drawn) if comparable and len(drawn) > 1 else {}
+        rows = []
+        for index, row in enumerate(drawn):
+            sources = _sources(entries[row.entry], name)
+            cells = {
+                metric: replace(
+                    make_cell(metric, row.drawn.estimate(metric), sizes[index], row.drawn, sources),
+                    best=best.get(metric) == index,
+                )
+                for metric in COLUMNS
+            }
+            rows.append(Row(row.entry, row.kind, row.label, cells))
+            if row.kind in ("ensemble", "model") and len(leaves) > 1:
+                parts = [ensembles[row.entry, leaf] for leaf in leaves if (row.entry, leaf) in ensembles]
+                rows.append(_macro_row(row, parts, sources, settings.level))
+        yield Board(
+            task=name,
+            tasks=leaves,
+            top=top,
+            documents=(min(sizes), max(sizes)),
+            rows=rows,
+            gains=_gains(entries, name, drawn) if top else {},
+            notes=[]
+            if comparable
+            else [f"{name}: the runs answered different documents; no value is marked best"],
+        )
+
+
+def _draw(index: int, entry: Entry, name: str, settings: Settings) -> list[_Drawn]:
+    """Return the rows of one run on one task: the ensemble, its mean member and its best one."""
+    predictions = entry.run.predictions(name)
+    if predictions.gold is None:
+        return []
+    clustered = len(entry.run.leaves(name)) > 1
+    plan = replace(
+        settings.plan(name, predictions, clustered=clustered),
+        resamples=resamples_for(predictions.n_documents, settings.resamples),
+    )
+
+    def draw(of: Predictions) -> Bootstrapped:
+        return bootstrap(Battery(of, settings.bins, COLUMNS), plan)
+
+    n = predictions.n_members
+    whole = draw(predictions)
+    if n == 1:
+        return [_Drawn(index, "model", entry.label, whole, predictions)]
+    members = [draw(predictions.only([m])) for m in range(n)]
+    best = int(np.argmin([member.value["nll"] for member in members]))
+    return [
+        _Drawn(index, "ensemble", entry.label, whole, predictions),
+        _Drawn(index, "mean member", f"{entry.label}: mean member", mean_of(members), predictions),
+        _Drawn(index, "best member", f"{entry.label}: member {best}, the best", members[best], predictions),
+    ]
+
+
+def _gains(entries: Sequence[Entry], name: str, rows: Sequence[_Drawn]) -> dict[int, dict[str, Cell]]:
+    """Return, for each run of several members, its ensemble minus its mean member."""
+    kinds = {(row.entry, row.kind): row for row in rows}
+    found = {}
+    for (index, kind), row in kinds.items():
+        if kind != "ensemble":
+            continue
+        difference = row.drawn.minus(kinds[index, "mean member"].drawn)
+        n, sources = row.predictions.n_documents, _sources(entries[index], name)
+        found[index] = {m: make_cell(m, difference.estimate(m), n, difference, sources) for m in COLUMNS}
+    return found
+
+
+def resamples_for(documents: int, asked: int) -> int:
+    """Return how many resamples so many documents get."""
+    return min(asked, max(_FEWEST_RESAMPLES, _DRAWS // documents))
+
+
+def _same_documents(rows: Sequence[_Drawn]) -> bool:
+    try:
+        for row in rows[1:]:
+            check_same_documents(rows[0].predictions, row.predictions)
+    except EnsembleError:
+        return False
+    return True
+
+
+def _best(rows: Sequence[_Drawn]) -> dict[str, int]:
+    """Return the row that beats every other one, by metric, where there is one."""
+    found = {}
+    for metric in COLUMNS:
+        sign = {"higher": 1.0, "lower": -1.0, "": math.nan}[METRICS[metric].direction]
+        values = np.array([row.drawn.value[metric] for row in rows]) * sign
+        if not np.isfinite(values).all():
+            continue
+        first = int(np.argmax(values))
+        # chosen on these very documents, so its lead is not one that other documents would show
+        if rows[first].kind == "best member":
+            continue
+        others = [row for i, row in enumerate(rows) if i != first]
+        if all(_excludes_zero(rows[first].drawn.minus(o.drawn).estimate(metric)) for o in others):
+            found[metric] = first
+    return found
+
+
+def _excludes_zero(difference: Estimate) -> bool:
+    low, high, _ = difference.quoted
+    return low > 0 or high < 0
+
+
+def _macro_row(row: _Drawn, parts: Sequence[Bootstrapped], sources: tuple[str, ...], level: float) -> Row:
+    cells = {}
+    for metric in COLUMNS:
+        estimate, counted = macro_mean(metric, parts, level)
+        cells[metric] = make_cell(metric, estimate, counted, parts[0], sources)
+    return Row(row.entry, "macro", f"{row.label}: mean over {len(parts)} tasks (macro)", cells)
+
+
+def _sources(entry: Entry, name: str) -> tuple[str, ...]:
+    return tuple(entry.run.files[leaf] for leaf in entry.run.leaves(name) if leaf in entry.run.files)
+
+
+def make_cell(metric: str, estimate: Estimate, n: int, drawn: Bootstrapped, sources: tuple[str, ...]) -> Cell:
+    """Return an estimate of a metric as a cell."""
+    low, high, kind = estimate.quoted
+    meaning = METRICS[metric]
+    return Cell(
+        value=estimate.value,
+        display=display(estimate.value),
+        standard_error=estimate.standard_error,
+        low=low,
+        high=high,
+        interval="" if math.isnan(low) else kind,
+        direction=meaning.direction,
+        unit=meaning.unit,
+        n=n,
+        resamples=len(drawn.resampled[metric]),
+        source=sources,
+    )
+
+
+def display(value: float) -> str:
+    """Show three decimals, without a leading zero for shares; – where undefined."""
+    if math.isnan(value):
+        return "–"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    # adding 0 turns a −0 left by rounding into 0
+    return f"{round(value, 3) + 0.0:.3f}".replace("-", "−")
+
+
+def by_entry(boards: Sequence[Board]) -> Mapping[tuple[int, str], Mapping[str, Row]]:
+    """Index rows by (run, kind) and task."""
+    found: dict[tuple[int, str], dict[str, Row]] = {}
+    for board in boards:
+        for row in board.rows:
+            found.setdefault((row.entry, row.kind), {})[board.task] = row
+    return found

@@ -1,0 +1,83 @@
+"""The leaderboard as Markdown, to paste into a model card or a pull request, and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+from collections.abc import Sequence
+
+from lm_eval_lora_ensemble.report.leaderboard import COLUMNS, KINDS, Board, Cell
+
+_ARROWS = {"higher": " ↑", "lower": " ↓", "": ""}
+
+
+def to_markdown(title: str, boards: Sequence[Board], statements: Sequence[str]) -> str:
+    """Return headline statements and a table for each top-level task; best values are bold."""
+    lines = [f"# {escape(title)}", "", *(f"- {escape(s)}" for s in statements), ""]
+    for board in boards:
+        if not board.top:
+            continue
+        pooled = f", {len(board.tasks)} tasks pooled (micro)" if len(board.tasks) > 1 else ""
+        lines += [f"## {escape(board.task)}", "", f"{_count(board)} documents{pooled}", ""]
+        cells = board.rows[0].cells
+        heads = [f"{head}{_ARROWS[cells[name].direction]}" for name, head in COLUMNS.items()]
+        lines += ["| |" + "|".join(heads) + "|", "|---|" + "---:|" * len(heads)]
+        for row in board.rows:
+            shown = [_with_interval(row.cells[name]) for name in COLUMNS]
+            lines.append(f"|{escape(row.label)}|" + "|".join(shown) + "|")
+        lines += ["", *(f"*{escape(note)}*" for note in board.notes), ""]
+    lines.append(
+        "Intervals: bootstrap over documents. Bold: better than every other row, by a paired interval."
+    )
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)) + "\n"
+
+
+def to_csv(boards: Sequence[Board]) -> str:
+    """Return a line a run and row, with a value and its limits for every task and metric."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    rows: dict[tuple[int, str], dict[str, Cell]] = {}
+    labels: dict[tuple[int, str], str] = {}
+    for board in boards:
+        for row in board.rows:
+            key = (row.entry, row.kind)
+            labels.setdefault(key, row.label)
+            rows.setdefault(key, {}).update({f"{board.task}/{m}": c for m, c in row.cells.items()})
+    names = [f"{board.task}/{metric}" for board in boards for metric in COLUMNS]
+    writer.writerow(["row", "kind", *(f"{n}{end}" for n in names for end in ("", "/low", "/high"))])
+    for key in sorted(rows, key=lambda key: (key[0], KINDS.index(key[1]))):
+        values = [number for name in names for number in _numbers(rows[key].get(name))]
+        writer.writerow([_plain(labels[key]), key[1], *values])
+    return stream.getvalue()
+
+
+def escape(text: str) -> str:
+    """Show a name as text: nothing in it is markup, in Markdown or in the HTML that it becomes."""
+    safe = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_{}\[\]()#|!~])", r"\\\1", safe)
+
+
+def _plain(text: str) -> str:
+    # a spreadsheet would run a cell that begins like a formula
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
+
+
+def _numbers(cell: Cell | None) -> list[str]:
+    values = (cell.value, cell.low, cell.high) if cell else (math.nan,) * 3
+    return ["" if math.isnan(value) else repr(value) for value in values]
+
+
+def _count(board: Board) -> str:
+    low, high = board.documents
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _with_interval(cell: Cell) -> str:
+    value = f"**{cell.display}**" if cell.best else cell.display
+    return value if math.isnan(cell.low) else f"{value} [{_short(cell.low)}, {_short(cell.high)}]"
+
+
+def _short(value: float) -> str:
+    return f"{round(value, 3) + 0.0:.3f}".replace("-", "−")

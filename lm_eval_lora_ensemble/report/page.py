@@ -1,0 +1,177 @@
+"""report.html: one file that needs no network, with everything escaped that comes from a run.
+
+Texts reach the page either through the template engine's autoescaping or as JSON that the page's own script
+puts into text nodes. The content security policy allows that one script, by its hash, and nothing else.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lm_eval_lora_ensemble.report.documents import REASONS, Document
+from lm_eval_lora_ensemble.report.leaderboard import COLUMNS, KINDS, Board, Cell, Row
+from lm_eval_lora_ensemble.uncertainty.battery import METRICS
+
+if TYPE_CHECKING:
+    from lm_eval_lora_ensemble.report.build import Report
+    from lm_eval_lora_ensemble.report.illustrations import Illustration
+
+FILE_NAME = "report.html"
+
+_TEMPLATES = files("lm_eval_lora_ensemble.report") / "templates"
+
+
+def render(report: Report, pictures: Sequence[Illustration], folder: Path, notes: Sequence[str]) -> str:
+    """Return the page.
+
+    Args:
+        report: what it shows.
+        pictures: the figures, already written into ``folder``.
+        folder: where their SVG files are.
+        notes: what is left out, and why.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string((_TEMPLATES / "report.html.j2").read_text(encoding="utf-8"))
+    script = (_TEMPLATES / "report.js").read_text(encoding="utf-8")
+    top = [board for board in report.boards if board.top]
+    return template.render(
+        title=report.options.title,
+        statements=report.statements,
+        notes=notes,
+        columns=_columns(),
+        boards=top,
+        lines=_lines(top),
+        entries=report.entries,
+        settings=report.options.settings,
+        pictures=[(picture, _data_uri(folder / f"{picture.name}.svg")) for picture in pictures],
+        data=_data(report),
+        style=(_TEMPLATES / "report.css").read_text(encoding="utf-8"),
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        duration=_duration,
+        describe=describe,
+    )
+
+
+def _columns() -> list[dict[str, str]]:
+    arrows = {"higher": "↑", "lower": "↓", "": ""}
+    return [
+        {"key": key, "head": head, "arrow": arrows[METRICS[key].direction], "unit": METRICS[key].unit}
+        for key, head in COLUMNS.items()
+    ]
+
+
+def _lines(boards: Sequence[Board]) -> list[dict[str, Any]]:
+    """Return the leaderboard's lines: a run's row with its cells of every top-level task side by side."""
+    lines: dict[tuple[int, str], dict[str, Any]] = {}
+    for b, board in enumerate(boards):
+        for row in board.rows:
+            line = lines.setdefault(
+                (row.entry, row.kind),
+                {"entry": row.entry, "kind": row.kind, "label": row.label, "cells": [None] * len(boards)},
+            )
+            line["cells"][b] = [_cell(row.cells[key]) for key in COLUMNS]
+    return [lines[key] for key in sorted(lines, key=lambda key: (key[0], KINDS.index(key[1])))]
+
+
+def _cell(cell: Cell) -> dict[str, Any]:
+    interval = "" if math.isnan(cell.low) else f"{_short(cell.low)} – {_short(cell.high)}"
+    return {
+        "value": None if math.isnan(cell.value) else cell.value,
+        "display": cell.display,
+        "interval": interval,
+        "best": cell.best,
+        "title": f"n = {cell.n}; {cell.interval or 'no'} interval, {cell.resamples} resamples; "
+        f"from {', '.join(Path(s).name for s in cell.source[:3])}{' …' if len(cell.source) > 3 else ''}",
+    }
+
+
+def _short(value: float) -> str:
+    return f"{round(value, 3) + 0.0:.3f}".replace("-", "−")
+
+
+def _data(report: Report) -> dict[str, Any]:
+    """Return what the page's script shows on demand: the tasks of groups, and the documents."""
+    parents = {
+        board.task: [b.task for b in report.boards if b.top and board.task in b.tasks]
+        for board in report.boards
+        if not board.top and len(board.tasks) == 1
+    }
+    return {
+        "top": [board.task for board in report.boards if board.top],
+        "subtasks": [
+            {
+                "task": board.task,
+                "parents": parents[board.task],
+                "n": board.documents[1],
+                "rows": _rows(board),
+            }
+            for board in report.boards
+            if parents.get(board.task)
+        ],
+        "runs": [entry.label for entry in report.entries],
+        "reasons": REASONS,
+        "documents": [_document(document) for document in report.documents],
+    }
+
+
+def _rows(board: Board) -> list[list[Any]]:
+    return [[row.entry, row.kind, [_compact(row, key) for key in COLUMNS]] for row in board.rows]
+
+
+def _compact(row: Row, key: str) -> list[Any]:
+    cell = row.cells[key]
+    return [
+        cell.display,
+        "" if math.isnan(cell.low) else f"{_short(cell.low)} – {_short(cell.high)}",
+        int(cell.best),
+    ]
+
+
+def _document(document: Document) -> list[Any]:
+    return [
+        document.entry,
+        document.task,
+        document.number,
+        document.question,
+        document.choices,
+        document.gold,
+        _percent(document.mixture),
+        [_percent(member) for member in document.members],
+        round(document.entropy, 4),
+        round(document.mutual_information, 4),
+        document.reasons,
+    ]
+
+
+def _percent(probabilities: Sequence[float]) -> list[float]:
+    return [round(100 * p, 1) for p in probabilities]
+
+
+def _data_uri(file: Path) -> str:
+    return f"data:image/svg+xml;base64,{base64.b64encode(file.read_bytes()).decode()}"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def describe(config: Mapping[str, Any]) -> str:
+    """Return what a run's configuration says of model and precision, for the table of runs."""
+    ensemble = config.get("lora_ensemble")
+    base = ensemble.get("base_model") if isinstance(ensemble, Mapping) else None
+    parts = [str(base).rstrip("/").rsplit("/", 1)[-1] if base else "", str(config.get("model_dtype", ""))]
+    return ", ".join(part.removeprefix("torch.") for part in parts if part)
