@@ -19,7 +19,7 @@ from lm_eval_lora_ensemble.report.figures.style import (
     look,
     styled,
 )
-from lm_eval_lora_ensemble.report.figures.text import percent, task_name
+from lm_eval_lora_ensemble.report.figures.text import legend_name, percent
 from lm_eval_lora_ensemble.uncertainty.intervals import Estimate
 
 
@@ -88,7 +88,7 @@ def plot_curves(
             color=GREY,
             linestyle=(0, (1, 1.5)),
             linewidth=1.4,
-            label=task_name(reference_label or f"reference {reference:g}", 60),
+            label=legend_name(reference_label or f"reference {reference:g}"),
         )
     x = [position for curve in curves for position in curve.x]
     if all(float(position).is_integer() for position in x):
@@ -113,5 +113,5 @@ def _line(curve: Curve, index: int, ax: Axes) -> None:
         color=chosen.colour,
         marker=chosen.marker,
         linestyle=chosen.dashes,
-        label=task_name(curve.label, 60),
+        label=legend_name(curve.label),
     )

@@ -16,7 +16,7 @@ from lm_eval_lora_ensemble.report.figures.style import (
     look,
     styled,
 )
-from lm_eval_lora_ensemble.report.figures.text import percent, task_name
+from lm_eval_lora_ensemble.report.figures.text import legend_name, percent, task_name
 from lm_eval_lora_ensemble.uncertainty.detection import Detection
 from lm_eval_lora_ensemble.uncertainty.intervals import Estimate
 
@@ -64,7 +64,7 @@ def plot_detection(
             [place + offset for place, _ in found],
             [d.auroc for _, d in found],
             index,
-            score.replace("_", " "),
+            legend_name(score.replace("_", " ")),
         )
     low, high = ax.get_xlim()
     ax.set(xlim=(max(0, min(low, 0.4)), min(1.02, max(high, 0.6))), ylim=(len(rows) - 0.5, -0.5))

@@ -21,7 +21,7 @@ from lm_eval_lora_ensemble.report.figures.style import (
     say_instead,
     styled,
 )
-from lm_eval_lora_ensemble.report.figures.text import ENTROPY_LABELS, documents, task_name
+from lm_eval_lora_ensemble.report.figures.text import ENTROPY_LABELS, documents, legend_name
 from lm_eval_lora_ensemble.uncertainty.arrays import BoolArray, FloatArray
 from lm_eval_lora_ensemble.uncertainty.battery import uncertainty_scores
 from lm_eval_lora_ensemble.uncertainty.predictions import Predictions
@@ -64,14 +64,12 @@ def plot_information_map(
         return ax
     scores = uncertainty_scores(predictions)
     entropy, information = scores["entropy"], scores["mutual_information"]
-    reach = 1.15 * (float(information.max()) or float(np.log(n)))
+    reach = 1.15 * (max(0.0, float(information.max())) or float(np.log(n)))
     ax.set(xlim=(0, 1.04 * np.log(most)), ylim=(-0.03 * reach, reach))
     _scatter(ax, entropy, information, _groups(predictions))
     beyond = _bounds(ax, n, most)
     caption(ax, title, f"{sizes}; a point a document{beyond}")
-    legend_below(ax)
-    for handle in ax.get_legend().legend_handles:
-        handle.set_alpha(1)
+    legend_below(ax, opaque=True)
     return ax
 
 
@@ -158,7 +156,7 @@ def plot_uncertainty_histograms(
     edges = np.linspace(0, top, _HISTOGRAM_BINS + 1)
     for index, (name, v) in enumerate(zip([in_domain_name, *out_of_domain], values, strict=True)):
         role = "in-domain" if index == 0 else "out-of-domain"
-        _outline(ax, edges, v, index, f"{task_name(name, 60)}, {role} (n = {len(v)})")
+        _outline(ax, edges, v, index, f"{legend_name(name)}, {role} (n = {len(v)})")
     ax.set(xlim=(0, 1.01 * top))
     ax.set_ylim(bottom=0)
     note = f"{_HISTOGRAM_BINS} bins of {top / _HISTOGRAM_BINS:.2g} nats; each outline adds up to 1"

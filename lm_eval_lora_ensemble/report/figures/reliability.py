@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from matplotlib.axes import Axes
 
@@ -142,7 +144,7 @@ def plot_confidence_histogram(
     total = np.array([row.n for row in table])
     right = np.rint([row.n * row.accuracy if row.n else 0 for row in table])
     ax = axes_or_new(ax)
-    bars = {"align": "edge", "edgecolor": "white", "linewidth": 0.6}
+    bars: dict[str, Any] = {"align": "edge", "edgecolor": "white", "linewidth": 0.6}
     ax.bar(edges[:-1], right, np.diff(edges), color=BLUE, label=f"right ({int(right.sum())})", **bars)
     ax.bar(
         edges[:-1],

@@ -136,25 +136,29 @@ def caption(ax: Axes, title: str | None, note: str, *, taken: float = 0) -> None
         ax.set_title(wrapped(title, int(width / 6.8)), loc="left", pad=height + 8)
 
 
-def legend_below(ax: Axes, handles: list[Any] | None = None) -> None:
-    """Put the legend under the Axes, where it can hide nothing, in as many columns as fit."""
+def legend_below(ax: Axes, *, opaque: bool = False) -> None:
+    """Put the legend under the Axes, where it can hide nothing, in as many columns as fit.
+
+    ``opaque`` shows its marks in full colour, for points that are faint only because they are many.
+    """
     from matplotlib.transforms import ScaledTranslation
 
-    drawn = ax.get_legend_handles_labels()[0] if handles is None else handles
-    if not drawn:
+    labels = ax.get_legend_handles_labels()[1]
+    if not labels:  # curves need no names
         return
-    longest = max(len(line) for handle in drawn for line in str(handle.get_label()).split("\n"))
+    longest = max(len(line) for label in labels for line in label.split("\n"))
     down = ScaledTranslation(0, -_LEGEND_DROP / 72, ax.figure.dpi_scale_trans)
-    ax.legend(
-        handles=drawn,
+    legend = ax.legend(
         loc="upper center",
         bbox_to_anchor=(0.5, 0),
         bbox_transform=ax.transAxes + down,
-        ncols=max(1, min(len(drawn), int(_width(ax) / (5 * longest + 40)))),
+        ncols=max(1, min(len(labels), int(_width(ax) / (5 * longest + 40)))),
         borderaxespad=0,
         columnspacing=1.5,
         handlelength=2.8,
     )
+    for handle in filter(None, legend.legend_handles if opaque else []):
+        handle.set_alpha(1)
 
 
 def say_instead(ax: Axes, text: str) -> None:
@@ -179,7 +183,7 @@ def save(drawn: Axes | Figure, path: Path) -> tuple[Path, Path]:
     Raises:
         OSError: they cannot be written.
     """
-    figure = drawn if isinstance(drawn, Figure) else drawn.figure
+    figure = drawn if isinstance(drawn, Figure) else drawn.figure.canvas.figure  # of a subfigure: the whole
     svg, png = path.with_name(f"{path.name}.svg"), path.with_name(f"{path.name}.png")
     figure.savefig(svg, format="svg", dpi=_SVG_DPI, metadata={"Date": None, "Creator": None})
     figure.savefig(png, format="png", metadata={"Software": None})

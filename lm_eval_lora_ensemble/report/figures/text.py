@@ -29,6 +29,12 @@ def task_name(name: str, width: int = 24) -> str:
     return "\n".join(wrapped(line, width) for line in lines)
 
 
+def legend_name(name: str) -> str:
+    """Return a name for the legend, where matplotlib leaves out what begins with an underscore."""
+    shown = task_name(name, 60)
+    return f" {shown}" if shown.startswith("_") else shown
+
+
 def percent(level: float) -> str:
     """Return a coverage as in "95 %"."""
     return f"{100 * level:g} %"
