@@ -13,6 +13,7 @@ Prints one JSON object: what each child died of and where, and what was found am
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -33,18 +34,20 @@ tqdm.tqdm.monitor_interval = 0  # nor tqdm's thread
 
 from lm_eval.__main__ import cli_evaluate  # noqa: E402
 from lm_eval.api.model import CacheHook, hash_args  # noqa: E402
+from lm_eval.loggers import EvaluationTracker  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from lm_eval_lora_ensemble import backend, plugin, saving  # noqa: E402
+from lm_eval_lora_ensemble import backend, plugin  # noqa: E402
 from lm_eval_lora_ensemble.scoring.packed import PackedScorer  # noqa: E402
 
 # phase: what reports it, how many reports a run may have, seconds until the kill
 PHASES = {
     "score": (PackedScorer, "_run_rows", 20, 0.01),
     "store": (CacheHook, "add_partial", 80, 0.001),
-    "write": (saving, "_save", 1, 0.02),
-    "move": (saving, "_move_into_place", 2, 0.002),
+    "write": (EvaluationTracker, "save_results_samples", 2, 0.0005),
+    "move": (Path, "replace", 3, 0.0002),
 }
+REPORTS = 100  # the descriptor a child reports on
 
 
 def main() -> None:
@@ -77,7 +80,9 @@ def main() -> None:
 
 
 def prepare(folder: Path) -> None:
-    """Make forked runs cheap: find only these tasks, load the imports and the data set once."""
+    """Make forked runs cheap, finding only these tasks, with imports and the data set loaded; report phases."""
+    for phase, (place, name, _, _) in PHASES.items():
+        setattr(place, name, reporting(getattr(place, name), phase[:1].encode()))
     plugin.register_model()
     stock = TaskManager.__init__
     TaskManager.__init__ = lambda self, *args, **kwargs: stock(
@@ -134,8 +139,7 @@ def run_child(folder: Path, chain: str, writing: int) -> None:
         os.write(told, hash_args(attr, req).encode() + b"\n")
 
     CacheHook.add_partial = storing
-    for phase, (place, name, _, _) in PHASES.items():
-        setattr(place, name, reporting(getattr(place, name), phase[:1].encode(), writing))
+    os.dup2(writing, REPORTS)
     sys.argv = [
         *("lm_eval", "run", "--model", "lora-ensemble", "--model_args", f"adapters={folder / 'adapters'}"),
         *("--device", "cpu", "--batch_size", "1", "--tasks", "both", "--log_samples"),
@@ -152,9 +156,10 @@ def run_child(folder: Path, chain: str, writing: int) -> None:
         os._exit(code)
 
 
-def reporting(original: Callable, mark: bytes, writing: int) -> Callable:
+def reporting(original: Callable, mark: bytes) -> Callable:
     def report(*args, **kwargs):
-        os.write(writing, mark)
+        with contextlib.suppress(OSError):  # nobody listens in the parent
+            os.write(REPORTS, mark)
         return original(*args, **kwargs)
 
     return report

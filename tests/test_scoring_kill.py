@@ -1,8 +1,11 @@
 """Killed at any instant by a real signal, or stopped by Ctrl-C, a run goes on and ends as one that was not."""
 
+import contextlib
 import json
 import os
+import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -13,10 +16,8 @@ import numpy as np
 import pytest
 from conftest import random_adapters
 from harness_tasks import write_tasks
-from lm_eval.loggers import EvaluationTracker
 
-from lm_eval_lora_ensemble import saving
-from lm_eval_lora_ensemble.errors import EnsembleError
+from lm_eval_lora_ensemble.backend import LoraEnsembleLM
 
 HARNESS = Path(__file__).with_name("scoring_kill_harness.py")
 
@@ -81,36 +82,47 @@ def test_sigkill_at_any_instant_loses_nothing(llama, tmp_path, kills):
         assert saved
         for run in saved:
             assert_same_run(run, reference)
-        assert not [path for path in (chain / "out").rglob(".*finished")]
+        assert len(list((chain / "out").rglob("samples_*"))) == 2 * len(saved)
+        assert not list((chain / "out").rglob(".*finished"))
 
 
-def evaluation(llama: Path, folder: Path, *extra: str) -> list[str]:
-    if not (folder / "adapters").is_dir():
-        random_adapters(llama, folder / "adapters", 2)
-        write_tasks(folder / "tasks")
-    return [
+def n_stored(database: Path) -> int:
+    """Return how many rows a cache has, of which one is its owner."""
+    if not database.is_file():
+        return 0
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        tables = connection.execute("SELECT name FROM sqlite_master").fetchall()
+        return connection.execute("SELECT COUNT(*) FROM unnamed").fetchone()[0] if tables else 0
+
+
+def test_ctrl_c_stops_at_once_and_says_what_is_saved(ensemble, tmp_path):
+    cache, log = tmp_path / "cache", tmp_path / "log"
+    command = [
         *(sys.executable, "-m", "lm_eval_lora_ensemble", "run", "--model", "lora-ensemble"),
-        *("--model_args", f"adapters={folder / 'adapters'}", "--device", "cpu", "--tasks", "both"),
-        *("--include_path", str(folder / "tasks"), *extra),
+        *("--model_args", f"adapters={ensemble}", "--device", "cpu", "--batch_size", "1", "--tasks", "both"),
+        *("--include_path", str(write_tasks(tmp_path / "tasks", n_rows=1500)), "--use_cache", str(cache)),
+        *("--output_path", str(tmp_path / "out")),
     ]
+    with log.open("w") as stderr:
+        child = subprocess.Popen(command, stderr=stderr, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while n_stored(Path(f"{cache}_rank0.db")) < 100 and time.monotonic() < deadline and child.poll() is None:
+        time.sleep(0.05)
+    child.send_signal(signal.SIGINT)
+    start = time.monotonic()
+    status = child.wait(timeout=60)
+    assert time.monotonic() - start < 10
+    assert status == -signal.SIGINT  # which a shell calls 130
+    said = re.findall(r"stopped; (\d+) scored requests are saved in (\S+); the same command", log.read_text())
+    saved = n_stored(Path(f"{cache}_rank0.db")) - 1
+    assert said == [(str(saved), f"{cache}_rank0.db")]
+    assert 100 <= saved < 4000
+    assert log.read_text().rstrip().splitlines()[-1].startswith("lora-ensemble: stopped; ")
+    assert "Traceback" not in log.read_text()
+    assert not runs(tmp_path / "out")
 
 
-# Sitecustomize of the child: each pack takes a moment, as those of a large model do.
-SLOW = """
-import atexit, sys, time
-class Finder:
-    def find_spec(self, name, path=None, target=None):
-        if name == "lm_eval_lora_ensemble.scoring.packed":
-            sys.meta_path.remove(self)
-            from lm_eval_lora_ensemble import backend
-"""
-
-
-def test_a_repeated_run_is_equal_to_the_last_bit(llama, tmp_path):
-    for name in ("one", "two"):
-        command = evaluation(llama, tmp_path, "--log_samples", "--output_path", str(tmp_path / name))
-        subprocess.run(command, check=True, capture_output=True, timeout=300)
-    ((one, samples),), ((two, again),) = runs(tmp_path / "one"), runs(tmp_path / "two")
-    assert one["results"] == two["results"]
-    assert samples == again
-    assert any(sample["members"] for sample in samples["plain_a"])
+def test_ctrl_c_without_a_cache_says_what_would_have_helped(ensemble, capsys):
+    LoraEnsembleLM(adapters=str(ensemble), device="cpu")
+    sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert "nothing was saved; with --use_cache PATH, a run goes on where it was" in capsys.readouterr().err
