@@ -154,6 +154,7 @@ class LoraEnsembleLM(HFLM):
         """What a score depends on besides the request."""
         return {
             "base model": self.ensemble.base_model,
+            "revision": self.revision,
             "epoch": self.ensemble.epoch,
             "members": [member.sha256 for member in self.ensemble.members],
             "average": self.average,

@@ -71,9 +71,9 @@ def test_sigkill_at_any_instant_loses_nothing(llama, tmp_path, kills):
     report = json.loads(done.stdout.splitlines()[-1])
     print(json.dumps({**report, "deaths": Counter(death["phase"] for death in report["deaths"])}))
     assert [death["signal"] for death in report["deaths"]] == [signal.SIGKILL] * kills
+    assert (report["lost"], report["changed"], report["torn"]) == ([], [], [])
     phases = Counter(death["phase"] for death in report["deaths"])
     assert phases == {"any": kills / 2, **dict.fromkeys(("score", "store", "write", "move"), kills / 8)}
-    assert (report["lost"], report["changed"], report["torn"]) == ([], [], [])
     (reference,) = runs(tmp_path / "reference" / "out")
     n_scores = max(death["stored"] for death in report["deaths"])
     assert any(0 < death["stored"] < n_scores for death in report["deaths"])
