@@ -15,15 +15,20 @@ from peft import PeftModel
 from tqdm import tqdm
 
 from lm_eval_lora_ensemble import harness
-from lm_eval_lora_ensemble.cache import claim_cache
+from lm_eval_lora_ensemble.cache import announce_when_interrupted, claim_cache
 from lm_eval_lora_ensemble.errors import EnsembleError, install_excepthook
-from lm_eval_lora_ensemble.members import Ensemble, find_ensemble
+from lm_eval_lora_ensemble.finite import NonFiniteScoreError, check_finite
+from lm_eval_lora_ensemble.loading import load_adapter, loading, twins
+from lm_eval_lora_ensemble.members import DEFAULT_FOLDER, Ensemble, find_ensemble
 from lm_eval_lora_ensemble.mixture import AVERAGES, Average, EnsembleLoglikelihood
+from lm_eval_lora_ensemble.provenance import device_name, recipe_of, versions
+from lm_eval_lora_ensemble.saving import save_runs_whole
 from lm_eval_lora_ensemble.scoring.forward import PackedModel
 from lm_eval_lora_ensemble.scoring.packed import PackedScorer, Work
 from lm_eval_lora_ensemble.scoring.plain import Batch, score_plain
 from lm_eval_lora_ensemble.scoring.requests import Score, TokenRequest, truncate
 from lm_eval_lora_ensemble.scoring.support import shared_layers, trial_error, why_not
+from lm_eval_lora_ensemble.tokenizer_match import check_tokenizers
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -87,6 +92,7 @@ class LoraEnsembleLM(HFLM):
             allow_base_mismatch=allow_base_mismatch,
         )
         self.average: Average = average
+        self.recipe = recipe_of(DEFAULT_FOLDER if adapters is None else adapters)
         self.work = Work()
         if "revision" not in kwargs and self.ensemble.revision:
             kwargs["revision"] = self.ensemble.revision
@@ -94,7 +100,14 @@ class LoraEnsembleLM(HFLM):
         super().__init__(
             pretrained=self.ensemble.base_model, peft=str(found[0].folder) if found else None, **kwargs
         )
+        if self.rank == 0:
+            for name, original in twins(found).items():
+                logger.warning(
+                    "%s is the same adapter as %s: it adds nothing but weight to that one", name, original
+                )
         harness.extend_tasks(enabled=bool(uncertainty_metrics))
+        save_runs_whole()
+        announce_when_interrupted(None)
 
     @property
     def n_members(self) -> int:
@@ -102,23 +115,33 @@ class LoraEnsembleLM(HFLM):
         return max(1, len(self.ensemble.members))
 
     def _create_model(self, *args: Any, **kwargs: Any) -> None:
-        """Load base model and first adapter exactly as ``hf`` with ``peft=`` does, then the other adapters."""
-        super()._create_model(*args, **kwargs)
+        """Load base model and first adapter exactly as ``hf`` with ``peft=`` does, then the other adapters.
+
+        Raises:
+            EnsembleError: a member cannot be loaded whole, or was trained with another tokenizer.
+        """
+        self._adapter_names: list[str] = []
+        if not self.ensemble.members:
+            super()._create_model(*args, **kwargs)
+            return
+        check_tokenizers(self.ensemble.members, self.tokenizer)
+        with loading(self.ensemble.members[0], applies=lambda: hasattr(self, "_model")):
+            super()._create_model(*args, **kwargs)
         self._load_further_members()
 
     def _load_further_members(self) -> None:
         """Load all adapters but the first, which PEFT has loaded under the name "default"."""
-        self._adapter_names = ["default"] if self.ensemble.members else []
+        self._adapter_names = ["default"]
         for i, member in enumerate(self.ensemble.members[1:], start=1):
-            name = f"member_{i}"
-            self._model.load_adapter(str(member.folder), adapter_name=name)
-            self._adapter_names.append(name)
+            self._adapter_names.append(f"member_{i}")
+            load_adapter(self._model, member, self._adapter_names[i])
 
     def change_members(self, ensemble: Ensemble) -> None:
         """Answer as another ensemble on the same base model, which stays loaded.
 
         Raises:
-            EnsembleError: the ensemble is on another base model.
+            EnsembleError: the ensemble is on another base model, a member cannot be loaded whole, or was
+                trained with another tokenizer.
         """
         mine = self.ensemble
         if (ensemble.base_model, ensemble.revision) != (mine.base_model, mine.revision):
@@ -126,12 +149,15 @@ class LoraEnsembleLM(HFLM):
                 f"{mine.base_model} is loaded and the new members are on {ensemble.base_model}; "
                 "start a new run for another base model"
             )
-        base = self._model.unload() if mine.members else self._model
-        self.ensemble = ensemble
+        check_tokenizers(ensemble.members, self.tokenizer)
+        self._model = self._model.unload() if mine.members else self._model
+        self.ensemble, self._adapter_names = ensemble, []
         if ensemble.members:
-            base = PeftModel.from_pretrained(base, str(ensemble.members[0].folder))
-        self._model = base.eval()
-        self._load_further_members()
+            first = ensemble.members[0]
+            with loading(first):
+                self._model = PeftModel.from_pretrained(self._model, str(first.folder))
+            self._load_further_members()
+        self._model.eval()
         for derived in ("_packed_model", "_packed_trial"):
             self.__dict__.pop(derived, None)
 
@@ -150,12 +176,14 @@ class LoraEnsembleLM(HFLM):
         """
         if cache_hook.dbdict is not None:
             claim_cache(cache_hook.dbdict, self._identity())
+        announce_when_interrupted(cache_hook.dbdict)
         super().set_cache_hook(cache_hook)
 
     def _identity(self) -> dict[str, Any]:
         """What a score depends on besides the request."""
         return {
             "base model": self.ensemble.base_model,
+            "revision": self.revision,
             "epoch": self.ensemble.epoch,
             "members": [member.sha256 for member in self.ensemble.members],
             "average": self.average,
@@ -171,9 +199,16 @@ class LoraEnsembleLM(HFLM):
         Returns:
             Per request the ensemble's loglikelihood, which carries the members', and whether the
             continuation is the mixture's greedy choice.
+
+        Raises:
+            NonFiniteScoreError: a member's score is NaN or infinite.
         """
         self._encode_context.cache_clear()
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        try:
+            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        except NonFiniteScoreError as error:
+            # lm-eval encodes the requests in their order, one to one
+            raise error.of(requests[error.index]) from None
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -182,6 +217,9 @@ class LoraEnsembleLM(HFLM):
 
         Windows are ``hf``'s own. Averaging last makes the result the loglikelihood of the whole string
         under the mixture, not a product of per-window mixtures.
+
+        Raises:
+            NonFiniteScoreError: a member's score is NaN or infinite.
         """
         windows: list[EncodedRequest] = []
         counts = []
@@ -197,7 +235,11 @@ class LoraEnsembleLM(HFLM):
             ]
             windows.extend(mine)
             counts.append(len(mine))
-        scores = iter(self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm))
+        try:
+            scores = iter(self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm))
+        except NonFiniteScoreError as error:
+            owners = [request for request, count in zip(requests, counts, strict=True) for _ in range(count)]
+            raise error.of(owners[error.index]) from None
         results = []
         for request, count in zip(requests, counts, strict=True):
             total = sum((next(scores)[0].members for _ in range(count)), np.zeros(self.n_members))
@@ -242,7 +284,12 @@ class LoraEnsembleLM(HFLM):
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[EnsembleLoglikelihood, bool]]:
-        """Score encoded requests; each result reaches ``--use_cache`` as soon as it is there."""
+        """Score encoded requests; each result reaches ``--use_cache`` as soon as it is there.
+
+        Raises:
+            NonFiniteScoreError: a member's score is NaN or infinite; it does not reach the cache.
+        """
+        names = [member.name for member in self.ensemble.members] or ["the base model"]
         results: list[tuple[EnsembleLoglikelihood, bool] | None] = [None] * len(requests)
         bar = tqdm(
             total=len(requests),
@@ -251,6 +298,7 @@ class LoraEnsembleLM(HFLM):
         )
         with bar, torch.inference_mode():
             for i, score in self._scores(requests, override_bs):
+                check_finite(i, score.loglikelihoods, names, self.model.dtype)
                 value = EnsembleLoglikelihood.average(score.loglikelihoods, self.average)
                 results[i] = (value, score.is_greedy)
                 texts = requests[i][0]
@@ -337,11 +385,12 @@ class LoraEnsembleLM(HFLM):
         return logits
 
     def get_model_info(self) -> dict[str, Any]:
-        """Add members, seeds, epoch and fingerprint to what lm-eval writes into its results file."""
+        """Add what made the scores to what lm-eval writes into its results file."""
         info: dict[str, Any] = super().get_model_info()
         info.pop("peft_sha", None)  # of the first member only, and asked of the Hub
         info["lora_ensemble"] = {
             "base_model": self.ensemble.base_model,
+            "revision": self.ensemble.revision,
             "epoch": self.ensemble.epoch,
             "average": self.average,
             "fingerprint": self.ensemble.fingerprint,
@@ -349,5 +398,10 @@ class LoraEnsembleLM(HFLM):
                 {"name": m.name, "folder": str(m.folder), "seed": m.seed, "sha256": m.sha256}
                 for m in self.ensemble.members
             ],
+            "recipe": self.recipe,
+            # lm-eval's own `device` is what was asked for
+            "device": device_name(self.device),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "versions": versions(),
         }
         return info

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import MutableMapping
 from typing import Any
 
-from lm_eval_lora_ensemble.errors import EnsembleError
+from lm_eval_lora_ensemble.errors import EnsembleError, Interruption
 
 # lm-eval's own keys are hexadecimal sha256 digests, so this can be none of them
 OWNER_KEY = "lora-ensemble owner"
@@ -37,3 +37,21 @@ def claim_cache(cache: MutableMapping[str, Any], identity: dict[str, Any]) -> No
             f"the cache of --use_cache belongs to another ensemble; {' and '.join(differing)} differ{values}; "
             "name a new one"
         )
+
+
+def announce_when_interrupted(cache: MutableMapping[str, Any] | None) -> None:
+    """Let Ctrl-C say how much of the run is in the cache, or that there is none.
+
+    Args:
+        cache: lm-eval's key-value store, in which every score is committed as it is made.
+    """
+    if cache is None:
+        Interruption.says = lambda: (
+            "nothing was saved; with --use_cache PATH, a run goes on where it was stopped"
+        )
+        return
+    path = getattr(cache, "filename", "the cache")
+    Interruption.says = lambda: (
+        f"{len(cache) - 1} scored requests are saved in {path}; the same command with the same --use_cache goes on "
+        "from there"
+    )

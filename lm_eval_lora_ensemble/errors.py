@@ -1,8 +1,9 @@
-"""The one exception a user is meant to read, and how it is shown: one line, no traceback."""
+"""The one exception a user is meant to read, and how it and Ctrl-C are shown: one line, no traceback."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from types import TracebackType
 
 EXIT_CODE = 2
@@ -18,10 +19,17 @@ def one_line(text: object) -> str:
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in folded)
 
 
-def install_excepthook() -> None:
-    """Show an uncaught :class:`EnsembleError` as one line, also under ``lm_eval``'s own command line.
+class Interruption:
+    """What to say after Ctrl-C: what was saved, asked of whoever saves at that moment."""
 
-    Python exits with status 1 after any excepthook. Every other exception goes to the hook that was there.
+    says: Callable[[], str] = staticmethod(lambda: "nothing was saved")
+
+
+def install_excepthook() -> None:
+    """Show an uncaught :class:`EnsembleError` or Ctrl-C as one line, also under ``lm_eval``'s own command line.
+
+    Python exits with status 1 after any excepthook, and dies of SIGINT after Ctrl-C, which a shell calls status
+    130. Every other exception goes to the hook that was there.
     """
     previous = sys.excepthook
     if getattr(previous, "shows_ensemble_errors", False):
@@ -30,6 +38,8 @@ def install_excepthook() -> None:
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if isinstance(error, EnsembleError):
             print(f"lora-ensemble: error: {one_line(error)}", file=sys.stderr)
+        elif isinstance(error, KeyboardInterrupt):
+            print(f"lora-ensemble: stopped; {one_line(Interruption.says())}", file=sys.stderr)
         else:
             previous(kind, error, trace)
 

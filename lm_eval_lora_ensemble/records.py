@@ -150,7 +150,9 @@ def load_runs(path: Path | str) -> list[Run]:
     """Read every run below ``path``, oldest first; arguments and errors as :func:`load_samples`."""
     place = Path(path)
     if place.is_dir():
-        files = sorted(place.rglob("samples_*.jsonl"))
+        # hidden folders hold what a killed run or sweep has not finished
+        every = sorted(place.rglob("samples_*.jsonl"))
+        files = [f for f in every if not any(p.startswith(".") for p in f.relative_to(place).parts)]
     elif place.suffix == ".jsonl" and place.is_file():
         files = [place]
     elif place.suffix == ".json" and place.is_file():

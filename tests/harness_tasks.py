@@ -24,12 +24,15 @@ WORDS = [
 ]
 
 
-def write_tasks(folder: Path) -> Path:
-    """Write tasks ``plain_a``, ``plain_b`` (group ``both``), ``varies_context`` and ``several_golds``."""
+def write_tasks(folder: Path, n_rows: int = 21) -> Path:
+    """Write tasks ``plain_a``, ``plain_b`` (group ``both``), ``varies_context`` and ``several_golds``.
+
+    ``plain_a`` has ``n_rows`` documents.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     draw = np.random.default_rng(11)
-    for name, n_rows in (("plain_a", 21), ("plain_b", 9)):
-        rows = [_row(draw, n_choices=int(draw.integers(2, 5))) for _ in range(n_rows)]
+    for name, n in (("plain_a", n_rows), ("plain_b", 9)):
+        rows = [_row(draw, n_choices=int(draw.integers(2, 5))) for _ in range(n)]
         _task(
             folder,
             name,

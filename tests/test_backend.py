@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -168,6 +169,7 @@ def caching(model, path: Path) -> CachingLM:
         ({"members": 2}, "members differ"),
         ({"epoch": 0}, "epoch and members differ: None there, 0 now"),
         ({"average": "loglikelihood"}, "average differ: probability there, loglikelihood now"),
+        ({"revision": "other"}, "revision differ: main there, other now"),
         ({"dtype": "bfloat16"}, "dtype differ: torch.float32 there, torch.bfloat16 now"),
     ],
 )
@@ -183,6 +185,13 @@ def test_a_cache_belongs_to_one_ensemble(ensemble, tmp_path, other, named):
     after = again.loglikelihood(instances(PAIRS))
     assert [v for v, _ in after] == [v for v, _ in before]
     assert all(np.array_equal(a.members, b.members) for (a, _), (b, _) in zip(after, before, strict=True))
+
+
+def test_a_cache_belongs_to_one_base_model(ensemble, llama, tmp_path):
+    caching(lora(ensemble), tmp_path / "cache.db").dbdict.close()
+    other = shutil.copytree(llama, tmp_path / "other-base")
+    with pytest.raises(EnsembleError, match=f"base model differ: {llama} there, {other} now"):
+        caching(lora(ensemble, pretrained=str(other), allow_base_mismatch=True), tmp_path / "cache.db")
 
 
 def test_a_cache_of_another_model_is_refused(llama, ensemble, tmp_path):

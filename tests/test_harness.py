@@ -202,6 +202,24 @@ def test_the_results_file_identifies_the_ensemble(one_process, ensemble):
     assert [member["name"] for member in config["lora_ensemble"]["members"]] == [
         f"member_{i:02d}" for i in range(3)
     ]
+    assert config["lora_ensemble"]["device"] == "cpu"
+    assert config["lora_ensemble"]["dtype"] == "float32"
+    assert config["lora_ensemble"]["versions"]["torch"] == torch.__version__
+    assert [config[f"{name}_seed"] for name in ("random", "numpy", "torch", "fewshot")] == [
+        0,
+        1234,
+        1234,
+        1234,
+    ]
+
+
+def test_a_repeated_run_is_equal_to_the_last_bit(one_process, ensemble, task_folder, tmp_path):
+    run(*command(ensemble, task_folder, tmp_path))
+    results, samples = read(tmp_path)
+    assert results["results"] == one_process[0]["results"]
+    assert results["groups"] == one_process[0]["groups"]
+    assert samples == one_process[1]
+    assert any(sample["members"] for sample in samples["plain_a"])
 
 
 def test_two_processes_give_the_same_results(one_process, ensemble, task_folder, tmp_path):
