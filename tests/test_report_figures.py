@@ -24,7 +24,7 @@ from lm_eval_lora_ensemble.report.figures.text import metric_label, task_name
 from lm_eval_lora_ensemble.uncertainty.battery import METRICS, uncertainty_scores
 from lm_eval_lora_ensemble.uncertainty.calibration import expected_calibration_error, reliability_table
 from lm_eval_lora_ensemble.uncertainty.detection import Detection, detect
-from lm_eval_lora_ensemble.uncertainty.intervals import Estimate
+from lm_eval_lora_ensemble.uncertainty.intervals import Estimate, Plan
 from lm_eval_lora_ensemble.uncertainty.predictions import Predictions
 from lm_eval_lora_ensemble.uncertainty.selection import risk_coverage
 from lm_eval_lora_ensemble.uncertainty.size import SizeRow, by_size
@@ -221,10 +221,15 @@ def test_risk_coverage_band_is_the_bootstraps(arc):
     ax = figures.plot_risk_coverage(small, resamples=400, seed=1, level=0.8)
     (band,) = ax.collections
     corners = band.get_paths()[0].vertices
-    last = np.unique(corners[corners[:, 0] == 1.0, 1])
-    rng = np.random.default_rng(9)
-    errors = rng.choice(~small.correct, size=(20000, 100)).mean(axis=1)
-    assert np.allclose([last[0], last[-1]], np.quantile(errors, [0.1, 0.9]), atol=0.02)
+    order = np.argsort(-small.confidence, kind="stable")
+    for accepted in (30, 100):
+        risks = [
+            np.repeat(~small.correct[order], w[order].astype(int))[:accepted].mean()
+            for weights in Plan(100, 400, 1).draws()
+            for w in weights
+        ]
+        limits = corners[np.isclose(corners[:, 0], accepted / 100), 1]
+        assert np.allclose([limits.min(), limits.max()], np.quantile(risks, [0.1, 0.9]))
     assert legend(ax)[0] == "80 % interval, ensemble"
     again = figures.plot_risk_coverage(small, resamples=400, seed=1, level=0.8).collections[0]
     assert np.array_equal(again.get_paths()[0].vertices, corners)
