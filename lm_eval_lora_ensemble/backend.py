@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from peft import PeftModel
 from tqdm import tqdm
 
 from lm_eval_lora_ensemble import harness
+from lm_eval_lora_ensemble.adapters.fit import check_fit, check_loaded
 from lm_eval_lora_ensemble.cache import claim_cache
 from lm_eval_lora_ensemble.errors import EnsembleError, install_excepthook
-from lm_eval_lora_ensemble.members import Ensemble, find_ensemble
+from lm_eval_lora_ensemble.members import Ensemble, find_ensemble, refuse_missing_folder
 from lm_eval_lora_ensemble.mixture import AVERAGES, Average, EnsembleLoglikelihood
 from lm_eval_lora_ensemble.scoring.forward import PackedModel
 from lm_eval_lora_ensemble.scoring.packed import PackedScorer, Work
@@ -89,10 +91,8 @@ class LoraEnsembleLM(HFLM):
         self.work = Work()
         if "revision" not in kwargs and self.ensemble.revision:
             kwargs["revision"] = self.ensemble.revision
-        found = self.ensemble.members
-        super().__init__(
-            pretrained=self.ensemble.base_model, peft=str(found[0].folder) if found else None, **kwargs
-        )
+        refuse_missing_folder(self.ensemble.base_model, "base model folder")
+        super().__init__(pretrained=self.ensemble.base_model, **kwargs)
         harness.extend_tasks(enabled=bool(uncertainty_metrics))
 
     @property
@@ -101,14 +101,31 @@ class LoraEnsembleLM(HFLM):
         return max(1, len(self.ensemble.members))
 
     def _create_model(self, *args: Any, **kwargs: Any) -> None:
-        """Load base model and first adapter exactly as ``hf`` with ``peft=`` does, then the other adapters."""
+        """Load the base model as ``hf`` does, and on it, once they are known to fit, every adapter."""
         super()._create_model(*args, **kwargs)
-        # PEFT calls the adapter it was loaded with "default"
-        self._adapter_names = ["default"] if self.ensemble.members else []
-        for i, member in enumerate(self.ensemble.members[1:], start=1):
+        folders = [member.folder for member in self.ensemble.members]
+        self._adapter_names: list[str] = []
+        if not folders:
+            return
+        self._fit_vocabulary()
+        check_fit(self._model, self.ensemble.base_model, folders)
+        for i, folder in enumerate(folders):
             name = f"member_{i}"
-            self._model.load_adapter(str(member.folder), adapter_name=name)
+            try:
+                if i:
+                    self._model.load_adapter(str(folder), adapter_name=name)
+                else:
+                    self._model = PeftModel.from_pretrained(self._model, str(folder), adapter_name=name)
+            except (ValueError, TypeError, LookupError, RuntimeError) as error:
+                raise EnsembleError(f"PEFT cannot load {folder} ({type(error).__name__}: {error})") from error
+            check_loaded(self._model, name, folder)
             self._adapter_names.append(name)
+
+    def _fit_vocabulary(self) -> None:
+        """Resize the embeddings to the tokenizer, as ``hf`` with ``peft=`` does before it loads an adapter."""
+        config = self._model.config
+        if getattr(config, "text_config", config).vocab_size != len(self.tokenizer):
+            self._model.resize_token_embeddings(len(self.tokenizer))
 
     def _activate(self, member: int) -> None:
         """Let the model answer as ``member``."""
