@@ -87,6 +87,7 @@ class LoraEnsembleLM(HFLM):
             epoch=epoch,
             allow_base_mismatch=allow_base_mismatch,
         )
+        self._model: Any = None  # lm-eval's name for the model; HFLM sets it
         self.average: Average = average
         self.work = Work()
         if "revision" not in kwargs and self.ensemble.revision:
