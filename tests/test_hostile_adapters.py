@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import pickle
 import re
 import shutil
 import socket
@@ -31,6 +33,7 @@ from hostile_adapters import (
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 from safetensors.torch import load_file, save_file
 
 from lm_eval_lora_ensemble.adapters.config import _RULES
@@ -43,6 +46,9 @@ from lm_eval_lora_ensemble.members import find_ensemble
 pytestmark = pytest.mark.timeout(120)
 
 
+connections: list[object] = []
+
+
 def cases(corpus: list[Case]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(
         ("spoil", "reason"), [case[1:] for case in corpus], ids=[case[0] for case in corpus]
@@ -52,10 +58,9 @@ def cases(corpus: list[Case]) -> pytest.MarkDecorator:
 @pytest.fixture(autouse=True)
 def nothing_runs(tmp_path, monkeypatch):
     """After every test: no canary has fired, no module of the stranger's is loaded, nothing was connected."""
-    attempts = []
 
     def connect(self, address):
-        attempts.append(address)
+        connections.append(address)
         raise OSError(f"the test tried to connect to {address}")
 
     monkeypatch.setattr(socket.socket, "connect", connect)
@@ -65,7 +70,7 @@ def nothing_runs(tmp_path, monkeypatch):
     yield
     assert not (tmp_path / "canary").exists()
     assert CANARY_MODULE not in sys.modules
-    assert attempts == []
+    assert connections == []
 
 
 @pytest.fixture
@@ -88,6 +93,19 @@ def assert_refused(folder: Path, reason: str, capsys: pytest.CaptureFixture[str]
     captured = capsys.readouterr()
     assert re.search(reason, captured.out + captured.err)
     assert (captured.out + captured.err).replace("\n", "").isprintable()
+
+
+def test_the_canary_would_fire_and_a_connection_would_be_seen(folder, tmp_path):
+    """Without this the checks after every test might prove nothing."""
+    pickle_beside(folder / "member_01")
+    pickle.loads((folder / "member_01" / "adapter_model.bin").read_bytes())
+    (tmp_path / "canary").rmdir()
+    importlib.import_module(CANARY_MODULE)
+    (tmp_path / "canary").rmdir()
+    del sys.modules[CANARY_MODULE]
+    with socket.socket() as one, pytest.raises(OSError, match="tried to connect"):
+        one.connect(("192.0.2.1", 443))
+    connections.clear()
 
 
 def test_the_folder_that_every_case_spoils_is_sound(folder, capsys):
@@ -115,7 +133,7 @@ def test_check_still_says_what_is_sound(folder, capsys):
     assert lines[2] == "1 of 2 members are BROKEN"
 
 
-def test_a_pickle_beside_is_never_read(folder, capsys):
+def test_a_pickle_beside_is_never_read(folder):
     pickle_beside(folder / "member_01")
     assert main(["check", str(folder)]) == 0
     assert LoraEnsembleLM(adapters=str(folder), device="cpu").n_members == 2
@@ -190,7 +208,7 @@ def test_the_adapter_of_another_base_is_refused(folder, tmp_path):
 
 def test_a_base_that_is_code_is_not_run(folder, llama, tmp_path, edit_json):
     base = Path(shutil.copytree(llama, tmp_path / "tiny-llama"))
-    edit_json(base / "config.json", model_type="canary", auto_map={"AutoConfig": f"{CANARY_MODULE}.C"})
+    edit_json(base / "config.json", model_type="stranger", auto_map={"AutoConfig": f"{CANARY_MODULE}.C"})
     shutil.copy(tmp_path / f"{CANARY_MODULE}.py", base)
     with pytest.raises(ValueError, match="trust_remote_code"):
         LoraEnsembleLM(pretrained=str(base), adapters=str(folder), device="cpu")
@@ -218,21 +236,50 @@ KINDS: dict[str, dict[str, object]] = {
 }
 
 
+REQUEST = Instance("loglikelihood", {}, ("The members of an ensemble", " are adapters"), 0)
+
+
 def loglikelihoods(adapters: Path) -> np.ndarray:
     model = LoraEnsembleLM(adapters=str(adapters), device="cpu")
-    request = Instance("loglikelihood", {}, ("The members of an ensemble", " are adapters"), 0)
-    ((value, _),) = model.loglikelihood([request], disable_tqdm=True)
+    ((value, _),) = model.loglikelihood([REQUEST], disable_tqdm=True)
     return value.members
 
 
+def train_the_rest(member: Path, seed: int) -> None:
+    """Change what was saved besides LoRA matrices and the base model's own embeddings."""
+    generator = np.random.default_rng(seed)
+
+    def change(values: dict[str, np.ndarray]) -> None:
+        for name in values:
+            if ".lora_" not in name and ".base_layer." not in name:
+                values[name] += generator.normal(0, 0.1, values[name].shape).astype(np.float32)
+
+    tensors(change)(member)
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_genuine_kind_is_accepted(llama, tmp_path, kind, capsys):
+def test_every_genuine_kind_scores_as_hf_with_each_adapter(llama, tmp_path, kind, capsys):
     adapters = random_adapters(llama, tmp_path / "ensemble", 2, spread=0.1, **KINDS[kind])
+    members = sorted(adapters.iterdir())
+    for seed, member in enumerate(members):
+        train_the_rest(member, seed)
     assert main(["check", str(adapters)]) == 0
-    assert np.isfinite(loglikelihoods(adapters)).all()
+    theirs = []
+    for member in members:
+        hf = HFLM(pretrained=str(llama), peft=str(member), device="cpu")
+        theirs.append(hf.loglikelihood([REQUEST], disable_tqdm=True)[0][0])
+    assert theirs[0] != theirs[1]
+    np.testing.assert_allclose(loglikelihoods(adapters), theirs, atol=1e-4)
 
 
-def test_adapters_saved_without_a_task_type_are_accepted(llama, tmp_path, monkeypatch):
+def test_embeddings_that_all_members_share_are_accepted(folder):
+    """What PEFT saves after a resize of the vocabulary; loading it for one member is loading it for all."""
+    for name in ("member_00", "member_01"):
+        added("base_model.model.lm_head.weight", 600, 48)(folder / name)
+    assert np.isfinite(loglikelihoods(folder)).all()
+
+
+def test_adapters_saved_without_a_task_type_are_accepted(llama, tmp_path):
     """PEFT then writes transformers' own class into ``auto_mapping``; nothing imports it."""
     adapters = random_adapters(llama, tmp_path / "ensemble", 1)
     mapping = {
