@@ -27,6 +27,7 @@ from hostile_adapters import (
     Case,
     added,
     config,
+    manifest,
     pickle_beside,
     tensors,
 )
@@ -123,6 +124,18 @@ def test_a_hostile_member_is_refused(folder, spoil, reason, capsys):
 def test_a_hostile_folder_is_refused(folder, spoil, reason, capsys):
     spoil(folder)
     assert_refused(folder, reason, capsys)
+
+
+def test_a_hostile_epoch_is_refused(folder, capsys):
+    for name in ("member_00", "member_01"):
+        shutil.copytree(folder / name, folder / name / "epoch_01")
+    config(auto_map={"AutoModel": f"{CANARY_MODULE}.Canary"})(folder / "member_01" / "epoch_01")
+    assert len(find_ensemble(folder).members) == 2
+    with pytest.raises(EnsembleError, match=r"member_01/epoch_01/.* may name no code"):
+        find_ensemble(folder, epoch=1)
+    manifest(epochs={"1": "member_01/epoch_01"})(folder)
+    assert main(["check", str(folder)]) == 2
+    assert "may name no code" in capsys.readouterr().out
 
 
 def test_check_still_says_what_is_sound(folder, capsys):
@@ -250,9 +263,9 @@ def train_the_rest(member: Path, seed: int) -> None:
     generator = np.random.default_rng(seed)
 
     def change(values: dict[str, np.ndarray]) -> None:
-        for name in values:
+        for name, value in values.items():
             if ".lora_" not in name and ".base_layer." not in name:
-                values[name] += generator.normal(0, 0.1, values[name].shape).astype(np.float32)
+                value[:] += generator.normal(0, 0.1, value.shape).astype(np.float32)
 
     tensors(change)(member)
 
@@ -378,6 +391,19 @@ def test_damage_to_the_header_is_refused_or_harmless(folder, ensemble, data):
         check_adapter(folder / "member_00", folder)
     except EnsembleError as error:
         assert one_line(error).isprintable()
+
+
+@FUZZ
+@given(flips=flips, keep=st.one_of(st.just(1.0), places))
+def test_damage_to_the_manifest_is_refused_or_harmless(folder, flips, keep):
+    manifest(epochs={"1": "member_00"}, files={f"member_01/{CONFIG}": "0" * 64}, seed=3)(folder)
+    path = folder / "ensemble.json"
+    path.write_bytes(damaged(path.read_bytes(), flips, keep))
+    try:
+        find_ensemble(folder)
+    except EnsembleError as error:
+        assert one_line(error).isprintable()
+    assert main(["check", str(folder)]) in (0, 2)
 
 
 json_values = st.recursive(

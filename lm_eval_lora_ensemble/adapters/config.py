@@ -22,6 +22,7 @@ MAX_BYTES = 1 << 20
 MAX_RANK = 16384  # the width of the widest open models: beyond it a product of two matrices saves nothing
 MAX_ALPHA = 1e6
 MAX_STRING = 4096
+MAX_FILE_NAME = 255  # bytes; longer ones no file system has
 PATTERN_SECONDS = 1.0
 ALL_LINEAR = "all-linear"
 
@@ -205,7 +206,9 @@ def _is_pattern_of(allowed: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 def _is_base_model(value: Any) -> bool:
-    return isinstance(value, str) and bool(value) and not _REMOTE.match(value)
+    if not isinstance(value, str) or not value or _REMOTE.match(value):
+        return False
+    return all(len(part.encode()) <= MAX_FILE_NAME for part in value.split("/"))
 
 
 def _is_transformers_class(value: Any) -> bool:

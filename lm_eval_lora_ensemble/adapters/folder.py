@@ -56,6 +56,7 @@ def inside(path: Path, root: Path) -> Path:
     """
     try:
         resolved = path.resolve()
+        resolved.exists()  # raises what resolving lets pass: a name that is too long, a folder that is closed
     except (OSError, RuntimeError, ValueError) as error:  # Python before 3.13 says RuntimeError of a circle
         raise EnsembleError(f"{path} cannot be followed ({error}); copy the files themselves") from error
     if not resolved.is_relative_to(root):
