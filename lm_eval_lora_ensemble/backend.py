@@ -11,15 +11,14 @@ import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from peft import PeftModel
 from tqdm import tqdm
 
 from lm_eval_lora_ensemble import harness
 from lm_eval_lora_ensemble.cache import announce_when_interrupted, claim_cache
 from lm_eval_lora_ensemble.errors import EnsembleError, install_excepthook
 from lm_eval_lora_ensemble.finite import NonFiniteScoreError, check_finite
-from lm_eval_lora_ensemble.loading import load_adapter, loading, twins
-from lm_eval_lora_ensemble.members import DEFAULT_FOLDER, Ensemble, find_ensemble
+from lm_eval_lora_ensemble.loading import attach_members, twins
+from lm_eval_lora_ensemble.members import DEFAULT_FOLDER, Ensemble, find_ensemble, refuse_missing_folder
 from lm_eval_lora_ensemble.mixture import AVERAGES, Average, EnsembleLoglikelihood
 from lm_eval_lora_ensemble.provenance import device_name, recipe_of, versions
 from lm_eval_lora_ensemble.saving import save_runs_whole
@@ -91,17 +90,16 @@ class LoraEnsembleLM(HFLM):
             epoch=epoch,
             allow_base_mismatch=allow_base_mismatch,
         )
+        self._model: Any = None  # lm-eval's name for the model; HFLM sets it
         self.average: Average = average
         self.recipe = recipe_of(DEFAULT_FOLDER if adapters is None else adapters)
         self.work = Work()
         if "revision" not in kwargs and self.ensemble.revision:
             kwargs["revision"] = self.ensemble.revision
-        found = self.ensemble.members
-        super().__init__(
-            pretrained=self.ensemble.base_model, peft=str(found[0].folder) if found else None, **kwargs
-        )
+        refuse_missing_folder(self.ensemble.base_model, "base model folder")
+        super().__init__(pretrained=self.ensemble.base_model, **kwargs)
         if self.rank == 0:
-            for name, original in twins(found).items():
+            for name, original in twins(self.ensemble.members).items():
                 logger.warning(
                     "%s is the same adapter as %s: it adds nothing but weight to that one", name, original
                 )
@@ -115,26 +113,22 @@ class LoraEnsembleLM(HFLM):
         return max(1, len(self.ensemble.members))
 
     def _create_model(self, *args: Any, **kwargs: Any) -> None:
-        """Load base model and first adapter exactly as ``hf`` with ``peft=`` does, then the other adapters.
+        """Load the base model as ``hf`` does, and on it, once they are known to fit, every adapter."""
+        super()._create_model(*args, **kwargs)
+        self._attach_members()
+
+    def _attach_members(self) -> None:
+        """Put the ensemble's adapters on the base model; without any, it stays as it is.
 
         Raises:
             EnsembleError: a member cannot be loaded whole, or was trained with another tokenizer.
         """
+        members = self.ensemble.members
         self._adapter_names: list[str] = []
-        if not self.ensemble.members:
-            super()._create_model(*args, **kwargs)
-            return
-        check_tokenizers(self.ensemble.members, self.tokenizer)
-        with loading(self.ensemble.members[0], applies=lambda: hasattr(self, "_model")):
-            super()._create_model(*args, **kwargs)
-        self._load_further_members()
-
-    def _load_further_members(self) -> None:
-        """Load all adapters but the first, which PEFT has loaded under the name "default"."""
-        self._adapter_names = ["default"]
-        for i, member in enumerate(self.ensemble.members[1:], start=1):
-            self._adapter_names.append(f"member_{i}")
-            load_adapter(self._model, member, self._adapter_names[i])
+        if members:
+            check_tokenizers(members, self.tokenizer)
+            self._fit_vocabulary()
+            self._model, self._adapter_names = attach_members(self._model, self.ensemble.base_model, members)
 
     def change_members(self, ensemble: Ensemble) -> None:
         """Answer as another ensemble on the same base model, which stays loaded.
@@ -149,17 +143,19 @@ class LoraEnsembleLM(HFLM):
                 f"{mine.base_model} is loaded and the new members are on {ensemble.base_model}; "
                 "start a new run for another base model"
             )
-        check_tokenizers(ensemble.members, self.tokenizer)
-        self._model = self._model.unload() if mine.members else self._model
-        self.ensemble, self._adapter_names = ensemble, []
-        if ensemble.members:
-            first = ensemble.members[0]
-            with loading(first):
-                self._model = PeftModel.from_pretrained(self._model, str(first.folder))
-            self._load_further_members()
+        if mine.members:
+            self._model = self._model.unload()
+        self.ensemble = ensemble
+        self._attach_members()
         self._model.eval()
         for derived in ("_packed_model", "_packed_trial"):
             self.__dict__.pop(derived, None)
+
+    def _fit_vocabulary(self) -> None:
+        """Resize the embeddings to the tokenizer, as ``hf`` with ``peft=`` does before it loads an adapter."""
+        config = self._model.config
+        if getattr(config, "text_config", config).vocab_size != len(self.tokenizer):
+            self._model.resize_token_embeddings(len(self.tokenizer))
 
     def _activate(self, member: int) -> None:
         """Let the model answer as ``member``."""

@@ -2,59 +2,49 @@
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from peft import PeftModel
 from safetensors import SafetensorError
 
+from lm_eval_lora_ensemble.adapters.fit import check_fit, check_loaded
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.members import Member
 
 
-def load_adapter(model: Any, member: Member, name: str) -> None:
-    """Load a further adapter beside those that a PEFT model has.
+def attach_members(model: Any, base: str, members: Sequence[Member]) -> tuple[Any, list[str]]:
+    """Load every member's adapter with PEFT's own loader.
 
     Args:
-        model: the ``PeftModel``.
-        member: what to load.
-        name: PEFT's name for it.
+        model: the base model alone; PEFT changes it in place.
+        base: its name, for messages.
+        members: at least one, all checked by :func:`.members.find_ensemble`.
+
+    Returns:
+        The ``PeftModel``, and PEFT's names for the members in their order.
 
     Raises:
-        EnsembleError: PEFT cannot load it, or its weights lack a matrix that its configuration asks for.
+        EnsembleError: an adapter does not fit the base model, or cannot be loaded whole.
     """
-    with loading(member):
-        result = model.load_adapter(str(member.folder), adapter_name=name)
-        if result.missing_keys:
-            raise KeyError(f"no weights for {result.missing_keys[0]}")
-
-
-@contextlib.contextmanager
-def loading(member: Member, applies: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """Turn what goes wrong while ``member`` is loaded into one error that names it.
-
-    PEFT only warns of weights that the file lacks and leaves those matrices as they were initialised: a member
-    that answers as the base model does, which is a smaller ensemble that looks like a whole one.
-
-    Args:
-        member: the member being loaded.
-        applies: asked once something is raised, whether it is the member's fault.
-
-    Raises:
-        EnsembleError: the member could not be loaded whole.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message="Found missing adapter keys", category=UserWarning)
-            yield
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError, UserWarning) as error:
-        if isinstance(error, EnsembleError) or not applies():
-            raise
-        raise EnsembleError(
-            f"{member.name} ({member.folder}) could not be loaded: {error}; no smaller ensemble runs in its place: "
-            "find out more with `lora-ensemble check`, or name the members to use in adapters="
-        ) from error
+    check_fit(model, base, [member.folder for member in members])
+    names: list[str] = []
+    for member in members:
+        name = f"member_{len(names)}"
+        try:
+            if names:
+                model.load_adapter(str(member.folder), adapter_name=name)
+            else:
+                model = PeftModel.from_pretrained(model, str(member.folder), adapter_name=name)
+        except (OSError, RuntimeError, ValueError, LookupError, TypeError, SafetensorError) as error:
+            raise EnsembleError(
+                f"{member.name} ({member.folder}) could not be loaded: {type(error).__name__}: {error}; no smaller "
+                "ensemble runs in its place: find out more with `lora-ensemble check`, or name the members to use "
+                "in adapters="
+            ) from error
+        check_loaded(model, name, member.folder)
+        names.append(name)
+    return model, names
 
 
 def twins(members: Sequence[Member]) -> dict[str, str]:

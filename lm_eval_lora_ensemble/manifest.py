@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_lora_ensemble.errors import EnsembleError
+from lm_eval_lora_ensemble.strict_json import read_json
 
 FILE_NAME = "ensemble.json"
 SCHEMA_VERSION = 1
+MAX_BYTES = 16 << 20
 
 
 @dataclass
@@ -35,6 +37,14 @@ class MemberEntry:
     files: dict[str, str] = field(default_factory=dict)
     status: str = "complete"
 
+    def __post_init__(self) -> None:
+        """Check what came from a file: these are names to print and paths to open."""
+        texts = [self.name, self.folder, *self.epochs.values(), *self.files, *self.files.values()]
+        if not all(isinstance(text, str) and text.isprintable() for text in texts):
+            raise TypeError(f"a name, path or checksum of member {self.name!r} is not printable text")
+        if not (self.seed is None or isinstance(self.seed, int)):
+            raise TypeError(f"the seed of member {self.name!r} is not a whole number")
+
 
 @dataclass
 class Manifest:
@@ -48,6 +58,11 @@ class Manifest:
     status: str = "complete"
     schema_version: int = SCHEMA_VERSION
 
+    def __post_init__(self) -> None:
+        """Check what came from a file and goes on to loading."""
+        if not isinstance(self.base_model, str) or not isinstance(self.revision, (str, type(None))):
+            raise TypeError("base_model or revision is no text")
+
     def write(self, folder: Path) -> None:
         """Write ``folder/ensemble.json``, replacing an older one in one step."""
         write_json(folder / FILE_NAME, asdict(self))
@@ -57,11 +72,11 @@ class Manifest:
         """Read and check the form of ``folder/ensemble.json``.
 
         Raises:
-            EnsembleError: the file is absent, unreadable, of a newer schema, or lacks a key.
+            EnsembleError: the file is absent, unreadable, of a newer schema, lacks a key, or names what is no text.
         """
         path = folder / FILE_NAME
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = read_json(path, MAX_BYTES, "a readable manifest")
             version = raw.pop("schema_version")
             if version != SCHEMA_VERSION:
                 raise EnsembleError(
@@ -72,6 +87,8 @@ class Manifest:
                 MemberEntry(**{**entry, "epochs": {int(k): v for k, v in entry.get("epochs", {}).items()}})
                 for entry in raw.pop("members")
             ]
+            if len({entry.name for entry in entries}) < len(entries):
+                raise ValueError("two members have the same name")
             return cls(members=entries, **raw)
         except EnsembleError:
             raise

@@ -8,14 +8,20 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lm_eval_lora_ensemble import manifest
+from lm_eval_lora_ensemble.adapters.config import AdapterConfig
+from lm_eval_lora_ensemble.adapters.folder import (
+    CONFIG,
+    WEIGHTS,
+    check_adapter,
+    check_config,
+    inside,
+    link_root,
+)
 from lm_eval_lora_ensemble.errors import EnsembleError
 
 DEFAULT_FOLDER = "./ensemble"
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
@@ -59,6 +65,25 @@ class Ensemble:
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class Source:
+    """A place that should hold a member's adapter; nothing in it has been read.
+
+    Attributes:
+        name: as in :class:`Member`.
+        folder: the member's final adapter, with links followed.
+        root: the folder that no link in ``folder`` may leave.
+        epochs: folder of each kept epoch's adapter.
+        entry: what the ensemble's manifest says of the member.
+    """
+
+    name: str
+    folder: Path
+    root: Path
+    epochs: dict[int, Path]
+    entry: manifest.MemberEntry | None = None
+
+
 def find_ensemble(
     adapters: str | Path | Sequence[str | Path] | None = None,
     *,
@@ -67,7 +92,7 @@ def find_ensemble(
     epoch: int | None = None,
     allow_base_mismatch: bool = False,
 ) -> Ensemble:
-    """Find and check an ensemble.
+    """Find an ensemble and check every file of it that will be loaded.
 
     Args:
         adapters: an ensemble folder, a folder of adapter folders, one adapter folder, a Hub id, or a list
@@ -80,7 +105,7 @@ def find_ensemble(
     Raises:
         EnsembleError: nothing was found, something found is no adapter, or the parts do not fit together.
     """
-    sources, book = _sources(adapters)
+    sources, book = find_sources(adapters)
     if members is not None:
         if not 1 <= members <= len(sources):
             raise EnsembleError(
@@ -88,37 +113,37 @@ def find_ensemble(
                 f"give a number from 1 to {len(sources)}"
             )
         sources = sources[:members]
-    entries = {entry.name: entry for entry in book.members} if book else {}
-    final = [(name, folder, _read_config(folder)) for name, folder in sources]
-    base = _common_base(final, pretrained, allow_base_mismatch)
-    revision = book.revision if book else final[0][2].get("revision")
     if epoch == 0:
-        return Ensemble(base, revision, (), epoch=0)
+        configs = [check_config(source.folder, source.root) for source in sources]
+        return Ensemble(*common_base(configs, book, pretrained, allow_base_mismatch), (), epoch=0)
     found = []
-    for name, folder, _ in final:
-        chosen = folder if epoch is None else _epoch_folder(folder, entries.get(name), epoch)
-        if epoch is not None:
-            _read_config(chosen)
-        seed = entries[name].seed if name in entries else None
-        found.append(Member(name, chosen, _adapter_sha256(chosen), seed))
-    return Ensemble(base, revision, tuple(found), epoch)
+    configs = []
+    for source in sources:
+        folder = source.folder if epoch is None else _epoch_folder(source, epoch)
+        adapter = check_adapter(folder, source.root)
+        configs.append(adapter.config)
+        found.append(Member(source.name, folder, adapter.sha256, source.entry.seed if source.entry else None))
+    return Ensemble(*common_base(configs, book, pretrained, allow_base_mismatch), tuple(found), epoch)
 
 
-def _where(adapters: object) -> str:
-    return f"adapters={adapters if adapters is not None else DEFAULT_FOLDER}"
+def find_sources(
+    adapters: str | Path | Sequence[str | Path] | None = None,
+) -> tuple[list[Source], manifest.Manifest | None]:
+    """Find where the members are, reading nothing of them, and the manifest where there is one.
 
+    Args:
+        adapters: as in :func:`find_ensemble`.
 
-def _sources(
-    adapters: str | Path | Sequence[str | Path] | None,
-) -> tuple[list[tuple[str, Path]], manifest.Manifest | None]:
-    """Resolve the argument to (name, local folder) pairs, and the manifest where there is one."""
+    Raises:
+        EnsembleError: nothing was found, or something outside the folder that was given.
+    """
     given = DEFAULT_FOLDER if adapters is None else adapters
     if isinstance(given, str) and ";" in given:
         given = [part.strip() for part in given.split(";") if part.strip()]
     if not isinstance(given, (str, Path)):
         if not given:
             raise EnsembleError("adapters= is an empty list; name at least one adapter folder or Hub id")
-        return [(f"member_{i:02d}", _local(item)) for i, item in enumerate(given)], None
+        return [_single(f"member_{i:02d}", item) for i, item in enumerate(given)], None
     folder = Path(given).expanduser()
     if not folder.is_dir():
         if adapters is None:
@@ -126,37 +151,85 @@ def _sources(
                 f"no adapters given and no {DEFAULT_FOLDER} here ({Path.cwd()}); train one with "
                 "`lora-ensemble train RECIPE.yaml` or name one with --model_args adapters=FOLDER"
             )
-        return [("member_00", _local(given))], None
+        return [_single("member_00", given)], None
     folder = folder.resolve()
     if (folder / manifest.FILE_NAME).is_file():
-        book = manifest.Manifest.read(folder)
-        if not book.members:
-            raise EnsembleError(f"{folder / manifest.FILE_NAME} lists no members; train the ensemble again")
-        return [(entry.name, _inside(folder, entry.folder)) for entry in book.members], book
+        return _listed(folder)
     if (folder / CONFIG).is_file():
-        return [("member_00", folder)], None
+        return [_single("member_00", folder)], None
+    return _children(folder), None
+
+
+def _where(adapters: object) -> str:
+    return f"adapters={adapters if adapters is not None else DEFAULT_FOLDER}"
+
+
+def _single(name: str, item: str | Path) -> Source:
+    folder = _local(item)
+    root = link_root(folder)
+    return Source(name, folder, root, _epochs_in(folder, root))
+
+
+def _listed(folder: Path) -> tuple[list[Source], manifest.Manifest]:
+    """Return the members that ``folder``'s manifest lists."""
+    root = link_root(folder)
+    inside(folder / manifest.FILE_NAME, root)
+    book = manifest.Manifest.read(folder)
+    if not book.members:
+        raise EnsembleError(f"{folder / manifest.FILE_NAME} lists no members; train the ensemble again")
+    sources = []
+    for entry in book.members:
+        epochs = {number: _named_by_manifest(folder, path) for number, path in entry.epochs.items()}
+        sources.append(Source(entry.name, _named_by_manifest(folder, entry.folder), root, epochs, entry))
+    return sources, book
+
+
+def _children(folder: Path) -> list[Source]:
+    """Return the adapters in the sub-folders of ``folder``, each of which must be one."""
     children = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    found = [child for child in children if (child / CONFIG).is_file()]
-    if not found:
+    if not any((child / CONFIG).is_file() for child in children):
         raise EnsembleError(
             f"no adapters in {folder}: neither {manifest.FILE_NAME} nor a sub-folder with {CONFIG}; "
             "train them with `lora-ensemble train RECIPE.yaml` or name another folder"
         )
+    root = link_root(folder)
     for child in children:
-        if child not in found:
+        if not child.name.isprintable():
+            raise EnsembleError(f"{folder} holds a folder called {child.name!r}; give it a printable name")
+        if not (child / CONFIG).is_file():
             raise EnsembleError(
                 f"{child} has no {CONFIG}, so it is not an adapter; a missing member would silently make a "
                 "smaller ensemble: remove that folder, or list the members to use in adapters="
             )
-    return [(child.name, child) for child in found], None
+    return [
+        Source(child.name, folder, root, _epochs_in(folder, root))
+        for child, folder in ((child, inside(child, root)) for child in children)
+    ]
 
 
-def _inside(folder: Path, relative: str) -> Path:
+def _named_by_manifest(folder: Path, relative: str) -> Path:
     """Return ``folder/relative``, refusing a manifest that points out of its own folder."""
-    path = (folder / relative).resolve()
-    if not path.is_relative_to(folder):
-        raise EnsembleError(f"{folder / manifest.FILE_NAME} names {relative!r}, which lies outside {folder}")
-    return path
+    try:
+        return inside(folder / relative, folder)
+    except EnsembleError as error:
+        raise EnsembleError(
+            f"{folder / manifest.FILE_NAME} names {relative!r}, which lies outside {folder}"
+        ) from error
+
+
+def refuse_missing_folder(text: str, what: str) -> None:
+    """Refuse a name that looks like a path and is no folder, which would otherwise be asked of the Hub.
+
+    Args:
+        text: a Hub id, or a path.
+        what: what it is the name of, for the message.
+
+    Raises:
+        EnsembleError: ``text`` begins like a path, holds a backslash, or begins with something that is here.
+    """
+    begins_here = Path(text.split("/", maxsplit=1)[0]).exists()
+    if (text.startswith((".", "/", "~")) or "\\" in text or begins_here) and not Path(text).is_dir():
+        raise EnsembleError(f"no {what} {text!r} here ({Path.cwd()}); check the path")
 
 
 def _local(item: str | Path) -> Path:
@@ -165,37 +238,18 @@ def _local(item: str | Path) -> Path:
     if path.is_dir():
         return path.resolve()
     text = str(item)
-    if not _HUB_ID.fullmatch(text) or Path(text.split("/", maxsplit=1)[0]).exists():
+    refuse_missing_folder(text, "adapter folder")
+    if not _HUB_ID.fullmatch(text):
         raise EnsembleError(f"no adapter folder {text!r} here ({Path.cwd()}); check the path")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(text, allow_patterns=[CONFIG, WEIGHTS, "README.md"]))
+        return Path(snapshot_download(text, allow_patterns=[CONFIG, WEIGHTS, "README.md"])).resolve()
     except (OSError, ValueError) as error:
         raise EnsembleError(
             f"{text!r} is no local folder and could not be had from the Hugging Face Hub "
             f"({type(error).__name__}); check the name, the network or HF_TOKEN"
         ) from error
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    """Read an adapter's configuration, having checked that the folder is a LoRA adapter with weights."""
-    path = folder / CONFIG
-    if not path.is_file():
-        raise EnsembleError(
-            f"{folder} is not a PEFT adapter: it has no {CONFIG}; name the adapter's own folder"
-        )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise EnsembleError(f"{path} is not readable JSON ({error}); export the adapter again") from error
-    if not isinstance(config, dict) or not isinstance(config.get("base_model_name_or_path"), str):
-        raise EnsembleError(f"{path} does not name its base model; add base_model_name_or_path to it")
-    if not (folder / WEIGHTS).is_file():
-        raise EnsembleError(
-            f"{folder} has no {WEIGHTS}; save the adapter with safetensors (pickled weights are not loaded)"
-        )
-    return config
 
 
 def _same_model(one: str, other: str) -> bool:
@@ -205,48 +259,48 @@ def _same_model(one: str, other: str) -> bool:
     return Path(one).exists() and Path(other).exists() and Path(one).resolve() == Path(other).resolve()
 
 
-def _common_base(
-    found: Sequence[tuple[str, Path, dict[str, Any]]], pretrained: str | None, allow_mismatch: bool
-) -> str:
-    """Return the base model all members name, which must be ``pretrained`` where that is given."""
-    _, first_folder, first = found[0]
-    base: str = first["base_model_name_or_path"]
-    for _, folder, config in found[1:]:
-        if not _same_model(base, config["base_model_name_or_path"]):
+def common_base(
+    configs: Sequence[AdapterConfig],
+    book: manifest.Manifest | None = None,
+    pretrained: str | None = None,
+    allow_mismatch: bool = False,
+) -> tuple[str, str | None]:
+    """Return the base model all members name, which must be ``pretrained`` where that is given, and its revision.
+
+    Raises:
+        EnsembleError: they name different ones.
+    """
+    first = configs[0]
+    for config in configs[1:]:
+        if not _same_model(first.base_model, config.base_model):
             raise EnsembleError(
-                f"adapters of different base models: {first_folder} is on {base}, {folder} is on "
-                f"{config['base_model_name_or_path']}; an ensemble needs one base"
+                f"adapters of different base models: {first.path.parent} is on {first.base_model}, "
+                f"{config.path.parent} is on {config.base_model}; an ensemble needs one base"
             )
+    revision = book.revision if book else first.revision
     if pretrained is None:
-        return base
-    if not allow_mismatch and not _same_model(base, pretrained):
+        return first.base_model, revision
+    if not allow_mismatch and not _same_model(first.base_model, pretrained):
         raise EnsembleError(
-            f"the adapters were trained on {base}, not on pretrained={pretrained}; leave pretrained out, "
-            "or say allow_base_mismatch=True if both are the same weights"
+            f"the adapters were trained on {first.base_model}, not on pretrained={pretrained}; leave pretrained "
+            "out, or say allow_base_mismatch=True if both are the same weights"
         )
-    return pretrained
+    return pretrained, revision
 
 
-def _epoch_folder(folder: Path, entry: manifest.MemberEntry | None, epoch: int) -> Path:
-    """Return the folder of one epoch's adapter of one member."""
-    if entry:
-        root = folder.parents[len(Path(entry.folder).parts) - 1]
-        kept = {number: root / relative for number, relative in entry.epochs.items()}
-    else:
-        kept = {
-            int(path.name.removeprefix("epoch_")): path
-            for path in folder.glob("epoch_*")
-            if path.name.removeprefix("epoch_").isdigit()
-        }
-    if epoch not in kept:
-        there = ", ".join(map(str, sorted(kept))) or "none"
+def _epochs_in(folder: Path, root: Path) -> dict[int, Path]:
+    """Return the folder of each epoch's adapter that is kept inside a member's own."""
+    return {
+        int(path.name.removeprefix("epoch_")): inside(path, root)
+        for path in folder.glob("epoch_*")
+        if path.name.removeprefix("epoch_").isdecimal()
+    }
+
+
+def _epoch_folder(source: Source, epoch: int) -> Path:
+    if epoch not in source.epochs:
+        there = ", ".join(map(str, sorted(source.epochs))) or "none"
         raise EnsembleError(
-            f"{folder} has no epoch {epoch}; kept epochs: {there} (0 is the base model alone)"
+            f"{source.folder} has no epoch {epoch}; kept epochs: {there} (0 is the base model alone)"
         )
-    return kept[epoch]
-
-
-def _adapter_sha256(folder: Path) -> str:
-    """Return one checksum over an adapter's configuration and weights."""
-    parts = [manifest.sha256(folder / name) for name in (CONFIG, WEIGHTS)]
-    return hashlib.sha256("".join(parts).encode()).hexdigest()
+    return source.epochs[epoch]

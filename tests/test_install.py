@@ -136,14 +136,29 @@ def test_wheel_and_sdist_carry_everything(built: Path, wheel: Path):
     assert "startup/lm_eval_lora_ensemble.pth" in packed
 
 
-def test_start_up_files_are_exactly_these(installed: Environment):
-    line = (
-        'import os, sys; exec("try:\\n    import lm_eval_lora_ensemble._autoload as a; a.install()\\n'
-        'except Exception: pass") if os.environ.get("LM_EVAL_LORA_ENSEMBLE_AUTOLOAD") != "0" else None\n'
-    )
-    assert (installed.site_packages / "lm_eval_lora_ensemble.pth").read_text() == line
-    start = (installed.site_packages / "lm_eval_lora_ensemble.start").read_text()
-    assert start == "lm_eval_lora_ensemble._autoload:install\n"
+# Python executes the first file's line at every start, so a change to it has to be made here as well, and seen.
+START_UP = {
+    "lm_eval_lora_ensemble.pth": (
+        b'import os, sys; exec("try:\\n    import lm_eval_lora_ensemble._autoload as a; a.install()\\n'
+        b'except Exception: pass") if os.environ.get("LM_EVAL_LORA_ENSEMBLE_AUTOLOAD") != "0" else None\n'
+    ),
+    "lm_eval_lora_ensemble.start": b"lm_eval_lora_ensemble._autoload:install\n",
+}
+
+
+def test_start_up_files_are_exactly_these_bytes(installed: Environment):
+    assert {path.name: path.read_bytes() for path in (PROJECT / "startup").iterdir()} == START_UP
+    for name, content in START_UP.items():
+        assert (installed.site_packages / name).read_bytes() == content
+
+
+def test_the_wheel_puts_nothing_else_beside_the_package(wheel: Path):
+    archive = zipfile.ZipFile(wheel)
+    outside = {name for name in archive.namelist() if not name.startswith("lm_eval_lora_ensemble/")}
+    name = "lm_eval_lora_ensemble-0.1.0"
+    data = {member for member in outside if not member.startswith(f"{name}.dist-info/")}
+    assert {Path(member).name: archive.read(member) for member in data} == START_UP
+    assert all(member.startswith(f"{name}.data/") for member in data)
 
 
 def test_python_3_15_start_entry_resolves(installed: Environment):
