@@ -241,26 +241,6 @@ def test_epochs_become_a_series_with_retention(tmp_path):
     assert series.points[0].retention["kept"].value == 1
 
 
-def test_the_page_of_twenty_mmlu_runs_is_small_enough(tmp_path):
-    """20 runs × 57 subjects: fewer documents a subject than MMLU has, as many cells."""
-    subjects = {f"mmlu_subject_{i:02d}": 12 for i in range(57)}
-    groups = {"mmlu": list(subjects), **{name: [] for name in subjects}}
-    for seed in range(20):
-        write_run(tmp_path / "in" / f"run_{seed:02d}", subjects, seed=seed, members=2, groups=groups)
-    words = [
-        "report",
-        str(tmp_path / "in"),
-        "--output",
-        str(tmp_path / "r"),
-        "--resamples",
-        "20",
-        "--figures",
-        "4",
-    ]
-    assert cli.main(words) == 0
-    assert (tmp_path / "r" / "report.html").stat().st_size < 15e6
-
-
 def test_large_tasks_get_fewer_resamples():
     assert resamples_for(500, 1000) == 1000
     assert resamples_for(100_000, 1000) == 200
