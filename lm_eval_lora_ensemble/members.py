@@ -244,7 +244,9 @@ def _local(item: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(text, allow_patterns=[CONFIG, WEIGHTS, "README.md", "tokenizer*.json"])).resolve()
+        return Path(
+            snapshot_download(text, allow_patterns=[CONFIG, WEIGHTS, "README.md", "tokenizer*.json"])
+        ).resolve()
     except (OSError, ValueError) as error:
         raise EnsembleError(
             f"{text!r} is no local folder and could not be had from the Hugging Face Hub "

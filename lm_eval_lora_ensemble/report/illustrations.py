@@ -22,6 +22,7 @@ from lm_eval_lora_ensemble.uncertainty.result import Settings
 from lm_eval_lora_ensemble.uncertainty.size import SizeRow, by_size
 
 _COLUMNS = 2
+_SIZE_METRICS = ("accuracy", "nll", "ece", "mutual_information")
 _PANEL = (5.6, 4.6)  # inches
 
 Draw = Callable[[Axes], object]
@@ -107,13 +108,13 @@ def _of_task(index: int, entry: Entry, task: str, settings: Settings) -> Iterato
     )
     if p.n_members == 1:
         return
-    rows = by_size(p, bins=settings.bins, max_subsets=16, seed=settings.seed)
+    rows = by_size(p, bins=settings.bins, max_subsets=16, seed=settings.seed, metrics=_SIZE_METRICS)
 
     yield Illustration(
         _name("size", index, task),
         f"{entry.label} on {task}: how many members are enough?",
         f"{n}. Mean over ensembles of k of the members, and the spread between them.",
-        [partial(_size_panel, rows, metric) for metric in ("accuracy", "nll", "ece", "mutual_information")],
+        [partial(_size_panel, rows, metric) for metric in _SIZE_METRICS],
     )
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
 
 from lm_eval_lora_ensemble.errors import EnsembleError
-from lm_eval_lora_ensemble.uncertainty.battery import Battery
+from lm_eval_lora_ensemble.uncertainty.battery import METRICS, Battery
 from lm_eval_lora_ensemble.uncertainty.calibration import DEFAULT_BINS
 from lm_eval_lora_ensemble.uncertainty.predictions import Predictions
 
@@ -45,7 +46,12 @@ def subsets_of(members: int, size: int, limit: int, rng: np.random.Generator) ->
 
 
 def by_size(
-    predictions: Predictions, *, bins: int = DEFAULT_BINS, max_subsets: int = 32, seed: int = 0
+    predictions: Predictions,
+    *,
+    bins: int = DEFAULT_BINS,
+    max_subsets: int = 32,
+    seed: int = 0,
+    metrics: Collection[str] = METRICS,
 ) -> list[SizeRow]:
     """Measure ensembles of k = 1 … N members.
 
@@ -54,6 +60,7 @@ def by_size(
         bins: of the binned calibration errors.
         max_subsets: measure all subsets of a size if there are at most so many, else as many at random.
         seed: of that choice.
+        metrics: names of those to measure.
 
     Returns:
         N rows, k ascending.
@@ -68,17 +75,17 @@ def by_size(
     rows = []
     for k in range(1, n + 1):
         chosen = subsets_of(n, k, max_subsets, rng)
-        measured = [Battery(predictions.only(subset), bins)(every) for subset in chosen]
+        measured = [Battery(predictions.only(subset), bins, metrics)(every) for subset in chosen]
         table = {name: np.array([float(m[name][0]) for m in measured]) for name in measured[0]}
+        with np.errstate(invalid="ignore"):  # an infinite nll has no spread
+            spread = {name: float(v.std(ddof=1)) if len(v) > 1 else float("nan") for name, v in table.items()}
         rows.append(
             SizeRow(
                 members=k,
                 subsets=len(chosen),
                 exhaustive=len(chosen) == math.comb(n, k),
                 mean={name: float(v.mean()) for name, v in table.items()},
-                spread={
-                    name: float(v.std(ddof=1)) if len(v) > 1 else float("nan") for name, v in table.items()
-                },
+                spread=spread,
             )
         )
     return rows
