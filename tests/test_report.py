@@ -212,6 +212,8 @@ def test_hostile_texts_stay_texts(tmp_path, capsys):
 
 def test_markdown_escapes_what_would_be_markup():
     assert escape("a|b*c<d>") == r"a\|b\*c&lt;d&gt;"
+    assert escape("[a](javascript:0) _b_") == r"[a\](javascript:0) \_b\_"
+    assert escape("arc_easy [0.1, 0.2].") == "arc_easy [0.1, 0.2]."
 
 
 def test_epochs_become_a_series_with_retention(tmp_path):

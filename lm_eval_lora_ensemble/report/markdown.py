@@ -56,7 +56,9 @@ def to_csv(boards: Sequence[Board]) -> str:
 def escape(text: str) -> str:
     """Show a name as text: nothing in it is markup, in Markdown or in the HTML that it becomes."""
     safe = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_{}\[\]()#|!~])", r"\\\1", safe)
+    # an underscore inside a word, and brackets that no parenthesis follows, mean nothing in Markdown
+    safe = re.sub(r"([\\`*|~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))", r"\\\1", safe)
+    return re.sub(r"\](?=[\[(:])", r"\\]", safe)
 
 
 def _plain(text: str) -> str:
