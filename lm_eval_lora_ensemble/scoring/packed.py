@@ -23,7 +23,7 @@ from lm_eval_lora_ensemble.scoring.trie import PrefixTrie
 logger = logging.getLogger(__name__)
 
 # a row joins a pass if it fills this share of the longest row's length …
-FULLNESS = 0.85
+FULLNESS = 0.93
 # … or while the pass is smaller than the token budget divided by this
 SMALLEST_SHARE = 16
 
