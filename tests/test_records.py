@@ -76,6 +76,21 @@ def test_a_plain_models_run_is_an_ensemble_of_one(tmp_path, scores):
     assert np.allclose(predictions.mixture, choice_probabilities(scores[:, 0]))
 
 
+def test_files_of_earlier_and_later_releases_are_read(tmp_path, scores):
+    """Pairs of numbers instead of strings, no hashes, no filter, a string of arguments, keys nobody knows."""
+    gone = dict.fromkeys(("doc_hash", "prompt_hash", "target_hash", "filter", "metrics", "members"))
+    lines = [
+        sample(d, s[:1], 1, filtered_resps=[[v, False] for v in s[0].tolist()], novelty={"x": 1}, **gone)
+        for d, s in enumerate(scores)
+    ]
+    write(tmp_path, "t", lines)
+    config = {"model": "hf", "model_args": "pretrained=some/model,dtype=float32"}
+    results(tmp_path, config=config, group_subtasks=None, from_the_future=[1])
+    run = load_samples(tmp_path)
+    assert np.allclose(run.tasks["t"].mixture, choice_probabilities(scores[:, 0]))
+    assert run.series == "" and run.epoch is None and run.seconds is None
+
+
 def test_documents_of_several_ranks_are_put_in_order(tmp_path, scores):
     order = [0, 2, 4, 1, 3, 5]
     path = write(tmp_path, "t", [sample(d, scores[d], d % 4) for d in order])

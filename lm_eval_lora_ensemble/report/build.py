@@ -188,14 +188,23 @@ def _detect(run: Run, inside: str, outside: str, settings: Settings) -> dict[str
     )
 
 
+def refuse_foreign(output: Path) -> None:
+    """Check that ``output`` may be written: it is new, empty, or an earlier report.
+
+    Raises:
+        EnsembleError: it is something else.
+    """
+    if output.exists() and not (output / MARK).is_file() and (output.is_file() or any(output.iterdir())):
+        raise EnsembleError(f"{output} exists and is not a report; name a new folder with --output")
+
+
 def write_report(report: Report, output: Path, tell: Callable[[str], None] = lambda _: None) -> Path:
     """Write all files beside ``output`` and put them there in one step; return the page's path.
 
     Raises:
         EnsembleError: ``output`` exists and is not an earlier report, or cannot be written.
     """
-    if output.exists() and not (output / MARK).is_file() and (output.is_file() or any(output.iterdir())):
-        raise EnsembleError(f"{output} exists and is not a report; name a new folder with --output")
+    refuse_foreign(output)
     scratch = output.with_name(f".{output.name}.writing")
     try:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -48,30 +48,16 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         EnsembleError: nothing to report on, an unknown task, or an output folder that is something else.
     """
-    page = report_on(arguments)
-    print(f"Report: {page}")
-    return 0
-
-
-def require_libraries() -> None:
-    """Check that what only reports need is installed.
-
-    Raises:
-        EnsembleError: it is not.
-    """
-    for module in ("matplotlib", "jinja2"):
-        if importlib.util.find_spec(module) is None:
-            raise EnsembleError(f"{module} is missing; pip install 'lm-eval-lora-ensemble[report]'")
-
-
-def report_on(arguments: argparse.Namespace) -> Path:
-    """Do what :func:`run` does without printing; return the page's path."""
     require_libraries()
+    for name in ("figures", "documents"):
+        if getattr(arguments, name) < 0:
+            raise EnsembleError(f"--{name} {getattr(arguments, name)}: give 0 or more")
     from rich.console import Console
     from rich.markup import escape
 
-    from lm_eval_lora_ensemble.report.build import Options, make_report, write_report
+    from lm_eval_lora_ensemble.report.build import Options, make_report, refuse_foreign, write_report
 
+    refuse_foreign(arguments.output)  # before the work, not after
     options = Options(
         ood=tuple(dict.fromkeys(arguments.ood)),
         settings=Settings(
@@ -87,5 +73,17 @@ def report_on(arguments: argparse.Namespace) -> Path:
             status.update(escape(text))
 
         runs = merge_runs([one for place in arguments.results for one in load_runs(place)])
-        report = make_report(runs, options, tell)
-        return write_report(report, arguments.output, tell)
+        page = write_report(make_report(runs, options, tell), arguments.output, tell)
+    print(f"Report: {page}")
+    return 0
+
+
+def require_libraries() -> None:
+    """Check that what only reports need is installed.
+
+    Raises:
+        EnsembleError: it is not.
+    """
+    for module in ("matplotlib", "jinja2"):
+        if importlib.util.find_spec(module) is None:
+            raise EnsembleError(f"{module} is missing; pip install 'lm-eval-lora-ensemble[report]'")

@@ -128,7 +128,9 @@ def _of_detection(
     for inside, by_outside in by_inside.items():
         here = entry.run.predictions(inside)
         there = {name: entry.run.predictions(name) for name in by_outside}
-        scores: list[Score] = ["predictive_entropy", *(["mutual_information"] if here.n_members > 1 else [])]
+        scores: list[Score] = ["predictive_entropy"]
+        if here.n_members > 1:
+            scores.append("mutual_information")
         yield Illustration(
             _name("detection", index, inside),
             f"{entry.label}: does it know that it left {inside}?",

@@ -56,8 +56,8 @@ def retention(prior: Predictions, later: Predictions) -> Statistics:
         right, kept, wrong, gained, same, distance, divergence = (weights @ columns).T
         total = weights.sum(axis=1)
         with np.errstate(invalid="ignore", divide="ignore"):
-            values = (kept / right, 1 - kept / right, gained / wrong)
-        values += (same / total, distance / total, divergence / total)
-        return dict(zip(MEASURES, values, strict=True))
+            of_prior = [kept / right, 1 - kept / right, gained / wrong]
+        of_all = [same / total, distance / total, divergence / total]
+        return dict(zip(MEASURES, [*of_prior, *of_all], strict=True))
 
     return statistics
