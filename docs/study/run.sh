@@ -16,3 +16,7 @@ for l2 in 0 1; do
   lora-ensemble sweep "$out/lambda_$l2" --epochs 0,1,3,6 --tasks $ood --limit 30 \
     --output "$out/sweeps/lambda_${l2}_out" --model_args dtype=float32
 done
+
+flags=$(printf -- ' --ood %s' ${ood//,/ })
+# shellcheck disable=SC2086
+lora-ensemble report "$out"/sweeps/* $flags --output "$out/report" --figures 40 --title "LoRA ensembles on ARC-Easy"

@@ -64,11 +64,11 @@ def choose(
         settings: bins, resamples, level.
     """
     return [
-        *_of_series(series, between),
+        *_of_series(series, between, settings.level),
         *(
             picture
             for index, by_inside in detections.items()
-            for picture in _of_detection(index, entries[index], by_inside)
+            for picture in _of_detection(index, entries[index], by_inside, settings.level)
         ),
         *(
             picture
@@ -123,7 +123,7 @@ def _size_panel(rows: Sequence[SizeRow], metric: str, ax: Axes) -> object:
 
 
 def _of_detection(
-    index: int, entry: Entry, by_inside: Mapping[str, Mapping[str, Mapping[str, Detection]]]
+    index: int, entry: Entry, by_inside: Mapping[str, Mapping[str, Mapping[str, Detection]]], level: float
 ) -> Iterator[Illustration]:
     for inside, by_outside in by_inside.items():
         here = entry.run.predictions(inside)
@@ -138,7 +138,7 @@ def _of_detection(
             "(AUROC with interval; 0.5 is chance, higher means the score rises out-of-domain).",
             [
                 *(partial(_histogram, here, there, score, inside) for score in scores),
-                partial(_dots, by_outside),
+                partial(_dots, by_outside, f"n = {here.n_documents} in-domain documents", level),
             ],
         )
 
@@ -149,19 +149,19 @@ def _histogram(
     return figures.plot_uncertainty_histograms(here, there, score=score, in_domain_name=inside, ax=ax)
 
 
-def _dots(rows: Mapping[str, Mapping[str, Detection]], ax: Axes) -> object:
-    return figures.plot_detection(rows, ax=ax)
+def _dots(rows: Mapping[str, Mapping[str, Detection]], note: str, level: float, ax: Axes) -> object:
+    return figures.plot_detection(rows, note=note, level=level, ax=ax)
 
 
-def _of_series(series: Sequence[Series], between: Sequence[Between]) -> Iterator[Illustration]:
+def _of_series(series: Sequence[Series], between: Sequence[Between], level: float) -> Iterator[Illustration]:
     for task in dict.fromkeys(s.task for s in series):
         having = [s for s in series if s.task == task]
-        n = f"{having[0].documents} documents"
+        n = _n(having[0])
         yield Illustration(
             _name("epochs", task),
             f"{task}: epoch by epoch",
             f"{n}; epoch 0 is the prior. M = 1 is the mean single member. Bands are intervals over documents.",
-            [partial(_epoch_panel, having, metric) for metric in _EPOCH_LABELS],
+            [partial(_epoch_panel, having, metric, level) for metric in _EPOCH_LABELS],
         )
         if any(point.retention for s in having for point in s.points):
             yield Illustration(
@@ -169,7 +169,7 @@ def _of_series(series: Sequence[Series], between: Sequence[Between]) -> Iterator
                 f"{task}: what is left of the prior",
                 f"{n}. Kept: of what the prior answered right, the share still right. Gained: of what it "
                 "answered wrong, the share right now. Agreement, total variation and divergence are from the prior.",
-                [partial(_retention_panel, having, measure) for measure in _RETENTION_LABELS],
+                [partial(_retention_panel, having, measure, level) for measure in _RETENTION_LABELS],
             )
     for first, second in dict.fromkeys((b.first, b.second) for b in between):
         of_pair = [b for b in between if (b.first, b.second) == (first, second)]
@@ -178,15 +178,19 @@ def _of_series(series: Sequence[Series], between: Sequence[Between]) -> Iterator
             f"{first} against {second}",
             "Two ensembles at the same epoch: share of equal predictions, and mean total variation distance.",
             [
-                partial(_between_panel, of_pair, "agreement", "agreement, share"),
-                partial(_between_panel, of_pair, "total_variation", "total variation"),
+                partial(_between_panel, of_pair, "agreement", "agreement, share", level),
+                partial(_between_panel, of_pair, "total_variation", "total variation", level),
             ],
         )
 
 
-def _between_panel(pairs: Sequence[Between], measure: str, label: str, ax: Axes) -> object:
+def _n(series: Series) -> str:
+    return f"n = {series.documents} documents"
+
+
+def _between_panel(pairs: Sequence[Between], measure: str, label: str, level: float, ax: Axes) -> object:
     curves = [figures.Curve(b.task, tuple(map(float, b.epochs)), getattr(b, measure)) for b in pairs]
-    return figures.plot_curves(curves, ylabel=label, ax=ax)
+    return figures.plot_curves(curves, ylabel=label, level=level, ax=ax)
 
 
 _EPOCH_LABELS = {
@@ -205,16 +209,18 @@ _RETENTION_LABELS = {
 }
 
 
-def _epoch_panel(series: Sequence[Series], metric: str, ax: Axes) -> object:
+def _epoch_panel(series: Sequence[Series], metric: str, level: float, ax: Axes) -> object:
     # one member has no mutual information
     single = metric != "mutual_information"
     curves = _curves(series, lambda p: p.ensemble[metric], lambda p: p.single[metric] if single else None)
-    return figures.plot_curves(curves, ylabel=_EPOCH_LABELS[metric], ax=ax)
+    return figures.plot_curves(curves, ylabel=_EPOCH_LABELS[metric], level=level, note=_n(series[0]), ax=ax)
 
 
-def _retention_panel(series: Sequence[Series], measure: str, ax: Axes) -> object:
+def _retention_panel(series: Sequence[Series], measure: str, level: float, ax: Axes) -> object:
     curves = _curves(series, lambda p: p.retention.get(measure), lambda p: p.retention_single.get(measure))
-    return figures.plot_curves(curves, ylabel=_RETENTION_LABELS[measure], ax=ax)
+    return figures.plot_curves(
+        curves, ylabel=_RETENTION_LABELS[measure], level=level, note=_n(series[0]), ax=ax
+    )
 
 
 def _curves(
