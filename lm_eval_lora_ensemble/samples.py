@@ -113,6 +113,8 @@ def _scores(sample: Mapping[str, Any], place: str) -> FloatArray | str:
         raise EnsembleError(f"{place}: members has shape {scores.shape}; members by choices is needed")
     if scores.shape[1] < 2:
         return f"its documents have {scores.shape[1]} choice; at least two are needed"
+    if np.isfinite(scores).all():
+        return scores
     if np.isnan(scores).any() or (scores == np.inf).any():
         raise EnsembleError(
             f"{place}: a loglikelihood is NaN or infinite; score again in float32 or bfloat16"
@@ -196,8 +198,9 @@ def _gold(sample: Mapping[str, Any], scores: FloatArray) -> tuple[int, str]:
         gold = _gold_from_scores(sample, scores)
     if gold < 0:
         return -1, f"target {target[:40]!r} is neither an index nor one of the {c} choices"
-    acc, chosen = sample.get("acc"), _chosen(sample, c)
-    if acc in (0, 1) and chosen >= 0 and (chosen == gold) != bool(acc):
+    acc = sample.get("acc")
+    chosen = _chosen(sample, c) if acc in (0, 1) else -1
+    if chosen >= 0 and (chosen == gold) != bool(acc):
         return -1, f"target says choice {gold} is right, acc says otherwise; the task has its own scoring"
     return gold, ""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -134,7 +134,7 @@ class Battery:
         self._reported = [name for name in METRICS if name in self._wanted]
         gold = predictions.require_gold()
         correct, confidence = predictions.correct, predictions.confidence
-        means = _document_means(predictions)
+        means = _document_means(predictions, self._wanted)
         self._names = list(means)
         self._values = np.stack(list(means.values()), axis=1)
         self._bins = CalibrationBins(confidence, correct, bins)
@@ -185,37 +185,47 @@ class Battery:
         if name not in self._rankings:
             return dict.fromkeys(_RANKED[name], np.full(len(weights), np.nan))
         runs = self._rankings[name].runs(weights)
-        area = area_under_risk_coverage(runs)
-        values = {
-            f"error_auroc_{name}": runs.auroc(),
-            f"error_aupr_{name}": runs.average_precision(),
-            f"aurc_{name}": area,
-            f"excess_aurc_{name}": area - optimal_area(runs),
-        }
+        values: dict[str, FloatArray] = {}
+        if f"error_auroc_{name}" in self._wanted:
+            values[f"error_auroc_{name}"] = runs.auroc()
+        if f"error_aupr_{name}" in self._wanted:
+            values[f"error_aupr_{name}"] = runs.average_precision()
+        if {f"aurc_{name}", f"excess_aurc_{name}"} & self._wanted:
+            area = area_under_risk_coverage(runs)
+            values |= {f"aurc_{name}": area, f"excess_aurc_{name}": area - optimal_area(runs)}
         if name == "max_probability" and _COVERAGE & self._wanted:
             values |= {f"accuracy_at_{c}_coverage": accuracy_at(runs, c / 100) for c in (50, 80, 90)}
             values["coverage_at_5_risk"] = coverage_at(runs, 0.05)
         return values
 
 
-def _document_means(predictions: Predictions) -> dict[str, FloatArray]:
-    """Return the per-document values, (D,), of the metrics that are means over documents."""
+def _document_means(predictions: Predictions, wanted: Collection[str]) -> dict[str, FloatArray]:
+    """Return the per-document values, (D,), of the wanted metrics that are means over documents.
+
+    Accuracy, confidence and Brier score always: other metrics are made of them.
+    """
     p, counts, gold = predictions.probabilities, predictions.counts, predictions.require_gold()
-    entropies = {
-        "predictive_entropy": information.predictive_entropy(p),
-        "expected_entropy": information.expected_entropy(p),
-        "mutual_information": information.mutual_information(p),
-    }
-    return {
+    always = {
         "accuracy": predictions.correct.astype(np.float64),
+        "confidence": predictions.confidence,
+        "brier_score": brier_score(predictions.mixture, gold),
         # From log p̄ and not from p̄, which a long continuation can underflow.
         "nll": -predictions.log_mixture[np.arange(len(gold)), gold] + 0.0,
-        "brier_score": brier_score(predictions.mixture, gold),
-        "confidence": predictions.confidence,
-        **entropies,
-        **{f"{name}_normalised": disagreement.normalised(value, counts) for name, value in entropies.items()},
-        "variation_ratio": disagreement.variation_ratio(p),
-        "pairwise_agreement": disagreement.pairwise_agreement(p),
-        "pairwise_total_variation": disagreement.pairwise_total_variation(p),
-        "pairwise_kl": disagreement.pairwise_kl(p),
     }
+    of_members: dict[str, Callable[[FloatArray], FloatArray]] = {
+        "predictive_entropy": information.predictive_entropy,
+        "expected_entropy": information.expected_entropy,
+        "mutual_information": information.mutual_information,
+        "variation_ratio": disagreement.variation_ratio,
+        "pairwise_agreement": disagreement.pairwise_agreement,
+        "pairwise_total_variation": disagreement.pairwise_total_variation,
+        "pairwise_kl": disagreement.pairwise_kl,
+    }
+    needed = {name for name in of_members if name in wanted or f"{name}_normalised" in wanted}
+    values = {name: of(p) for name, of in of_members.items() if name in needed}
+    normalised = {
+        f"{name}_normalised": disagreement.normalised(value, counts)
+        for name, value in values.items()
+        if f"{name}_normalised" in wanted
+    }
+    return always | values | normalised
