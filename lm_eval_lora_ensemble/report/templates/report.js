@@ -132,6 +132,11 @@
   }
   showColumns();
 
+  // figures far down the page are decoded when they come near, but paper needs them all
+  window.addEventListener("beforeprint", () => {
+    for (const image of document.images) image.loading = "eager";
+  });
+
   // ------------------------------------------------------------------ documents
   const PAGE = 20;
   const [ENTRY, TASK, NUMBER, QUESTION, CHOICES, GOLD, MIXTURE, MEMBERS, ENTROPY, INFORMATION, REASONS] = Array(11).keys();
