@@ -252,9 +252,11 @@ def test_large_tasks_get_fewer_resamples():
 @pytest.mark.long
 def test_a_hundred_thousand_documents_take_a_minute_and_a_gigabyte(tmp_path):
     write_run(tmp_path / "in", {"one": 100_000})
-    # VmHWM is this program's own peak; getrusage's would be that of the process it was forked from
+    # VmHWM is this program's own peak; getrusage's would be that of the process it was forked from. Its own
+    # seconds, not the clock's: other tests share the cores
     code = (
-        "import pathlib, re, sys; from lm_eval_lora_ensemble import cli; status = cli.main(sys.argv[1:]);"
+        "import pathlib, re, sys, time; from lm_eval_lora_ensemble import cli; status = cli.main(sys.argv[1:]);"
+        "print(time.process_time());"
         "print(re.search(r'VmHWM:\\s+(\\d+)', pathlib.Path('/proc/self/status').read_text())[1]); sys.exit(status)"
     )
     start = time.monotonic()
@@ -262,8 +264,9 @@ def test_a_hundred_thousand_documents_take_a_minute_and_a_gigabyte(tmp_path):
         [sys.executable, "-c", code, "report", str(tmp_path / "in"), "--output", str(tmp_path / "r")],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    seconds, kilobytes = time.monotonic() - start, int(done.stdout.split()[-1])
-    print(f"{seconds:.0f} s, {kilobytes / 1e6:.2f} GB")
+    seconds, kilobytes = map(float, done.stdout.split()[-2:])
+    clock = time.monotonic() - start
+    print(f"{seconds:.0f} s of one core, {clock:.0f} s by the clock, {kilobytes / 1e6:.2f} GB")
     assert seconds <= 60
     assert kilobytes <= 1e6
 
