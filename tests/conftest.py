@@ -12,10 +12,15 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hypothesis
 import peft
 import tokenizers
 import torch
 import transformers
+
+# how long an example takes says how busy the machine is, not whether the code is right
+hypothesis.settings.register_profile("no-deadline", deadline=None)
+hypothesis.settings.load_profile("no-deadline")
 
 PROJECT = Path(__file__).resolve().parents[1]
 HUB = PROJECT.parent / "shared" / "hub"
