@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from lm_eval_lora_ensemble.errors import EXIT_CODE, EnsembleError, one_line
+from lm_eval_lora_ensemble.errors import EXIT_CODE, EnsembleError, Interruption, one_line
 
 VERBS: dict[str, tuple[str, str]] = {
     "quickstart": (
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        print("lora-ensemble: stopped", file=sys.stderr)
+        print(Interruption.line(), file=sys.stderr)
         return 130
 
 

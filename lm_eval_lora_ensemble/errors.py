@@ -24,6 +24,11 @@ class Interruption:
 
     says: Callable[[], str] = staticmethod(lambda: "nothing was saved")
 
+    @classmethod
+    def line(cls) -> str:
+        """Return the one line that answers Ctrl-C."""
+        return f"lora-ensemble: stopped; {one_line(cls.says())}"
+
 
 def install_excepthook() -> None:
     """Show an uncaught :class:`EnsembleError` or Ctrl-C as one line, also under ``lm_eval``'s own command line.
@@ -39,7 +44,7 @@ def install_excepthook() -> None:
         if isinstance(error, EnsembleError):
             print(f"lora-ensemble: error: {one_line(error)}", file=sys.stderr)
         elif isinstance(error, KeyboardInterrupt):
-            print(f"lora-ensemble: stopped; {one_line(Interruption.says())}", file=sys.stderr)
+            print(Interruption.line(), file=sys.stderr)
         else:
             previous(kind, error, trace)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
@@ -106,3 +108,12 @@ def edit_json() -> Callable[..., None]:
         path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
     return edit
+
+
+def n_stored(database: Path) -> int:
+    """Return how many rows a cache has, of which one is its owner."""
+    if not database.is_file():
+        return 0
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        tables = connection.execute("SELECT name FROM sqlite_master").fetchall()
+        return connection.execute("SELECT COUNT(*) FROM unnamed").fetchone()[0] if tables else 0

@@ -1,11 +1,9 @@
 """Killed at any instant by a real signal, or stopped by Ctrl-C, a run goes on and ends as one that was not."""
 
-import contextlib
 import json
 import os
 import re
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
@@ -14,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import random_adapters
+from conftest import n_stored, random_adapters
 from harness_tasks import write_tasks
 
 from lm_eval_lora_ensemble.backend import LoraEnsembleLM
@@ -84,15 +82,6 @@ def test_sigkill_at_any_instant_loses_nothing(llama, tmp_path, kills):
             assert_same_run(run, reference)
         assert len(list((chain / "out").rglob("samples_*"))) == 2 * len(saved)
         assert not list((chain / "out").rglob(".*finished"))
-
-
-def n_stored(database: Path) -> int:
-    """Return how many rows a cache has, of which one is its owner."""
-    if not database.is_file():
-        return 0
-    with contextlib.closing(sqlite3.connect(database)) as connection:
-        tables = connection.execute("SELECT name FROM sqlite_master").fetchall()
-        return connection.execute("SELECT COUNT(*) FROM unnamed").fetchone()[0] if tables else 0
 
 
 def test_ctrl_c_stops_at_once_and_says_what_is_saved(ensemble, tmp_path):

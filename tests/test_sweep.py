@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
-from conftest import random_adapters
+from conftest import n_stored, random_adapters
 from harness_tasks import write_tasks
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
@@ -90,6 +96,73 @@ def test_another_sweep_is_refused(trained, tasks, tmp_path, capsys):
     (tmp_path / "busy" / "file").touch()
     assert sweep(trained, tasks, tmp_path / "busy", "--epochs", "0") == 2
     assert "holds other files" in capsys.readouterr().err
+
+
+def test_two_processes_sweep_as_one_does(trained, tasks, tmp_path):
+    """``accelerate launch``: both score, the first one writes, and neither removes what the other still needs."""
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    words = [
+        "-m",
+        "lm_eval_lora_ensemble.cli",
+        "sweep",
+        str(trained),
+        "--tasks",
+        "plain_a",
+        "--ood",
+        "plain_b",
+    ]
+    done = subprocess.run(
+        [sys.executable, *launch, *words, "--include_path", str(tasks), "--output", str(tmp_path / "two")],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("epoch 1:") == 1
+    assert done.stdout.count("To see them") == 1
+    assert sweep(trained, tasks, tmp_path / "one") == 0
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {
+        *("sweep.json", "epoch_00", "epoch_01", "epoch_02")
+    }
+    for epoch in (0, 1, 2):
+        (one,), (two,) = (load_runs(tmp_path / place / f"epoch_{epoch:02d}") for place in ("one", "two"))
+        for task in ("plain_a", "plain_b"):
+            np.testing.assert_allclose(
+                two.tasks[task].log_probabilities, one.tasks[task].log_probabilities, atol=1e-4
+            )
+
+
+def asked(progress: str) -> int:
+    """Return how many requests the bar of scoring counted to."""
+    return int(re.findall(r"× 2 members:.*/(\d+) \[", progress)[-1])
+
+
+def test_ctrl_c_says_that_the_same_command_goes_on_and_it_does(trained, tmp_path):
+    tasks = write_tasks(tmp_path / "many", n_rows=300)
+    words = ["sweep", str(trained), "--tasks", "plain_a", "--epochs", "1", "--include_path", str(tasks)]
+    words += ["--batch_size", "1", "--device", "cpu", "--output", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "lm_eval_lora_ensemble.cli", *words]
+    cache = tmp_path / "out" / ".in_progress" / "epoch_01" / "scores_rank0.db"
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as child:
+        deadline = time.monotonic() + 200
+        while n_stored(cache) < 50 and time.monotonic() < deadline and child.poll() is None:
+            time.sleep(0.05)
+        child.send_signal(signal.SIGINT)
+        _, said = child.communicate(timeout=60)
+    assert child.returncode == 130
+    last = said.rstrip().splitlines()[-1]
+    assert last.endswith(f"are kept in {tmp_path / 'out'}; the same command goes on from there")
+    assert "Traceback" not in said
+    kept = n_stored(cache)
+    assert kept >= 50
+    again = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert again.returncode == 0, again.stderr[-3000:]
+    # one row of the cache names its owner
+    assert asked(again.stderr) == asked(said) - (kept - 1)
+    assert (tmp_path / "out" / "epoch_01").is_dir()
 
 
 @pytest.mark.parametrize(

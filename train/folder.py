@@ -26,7 +26,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from lm_eval_lora_ensemble.errors import EnsembleError
+from lm_eval_lora_ensemble.errors import EnsembleError, Interruption
 from lm_eval_lora_ensemble.manifest import FILE_NAME as MANIFEST
 from lm_eval_lora_ensemble.manifest import Manifest, MemberEntry, checksums, write_json
 from lm_eval_lora_ensemble.train import recipe as recipes
@@ -101,6 +101,12 @@ class EnsembleFolder:
             except EnsembleError:
                 if first and not any(self.path.glob("member_*/epoch_*")):
                     self._discard(everything=created)
+                raise
+            except KeyboardInterrupt:
+                Interruption.says = lambda: (
+                    f"finished epochs and the last checkpoint are kept in {self.path}; the same command goes on "
+                    "from there"
+                )
                 raise
 
     def begin(self) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
-from lm_eval_lora_ensemble.errors import EnsembleError
+from lm_eval_lora_ensemble.errors import EnsembleError, Interruption
 from lm_eval_lora_ensemble.sweep.plan import DEVICE, SweepPlan
 
 
@@ -60,18 +61,28 @@ def run(arguments: argparse.Namespace) -> int:
     install(even_if_disabled=True)
     from lm_eval_lora_ensemble.sweep.run import sweep
 
-    done = sweep(
-        plan,
-        ensembles,
-        arguments.output,
-        device=arguments.device,
-        batch_size=arguments.batch_size,
-        include_path=arguments.include_path,
-    )
-    for epoch, folder in done:
-        print(f"epoch {epoch}: {folder}")
-    flags = "".join(f" --ood {task}" for task in ood)
-    print(f"To see them: lora-ensemble report {arguments.output}{flags}")
+    # accelerate and torchrun number their processes there; one of them speaks
+    speaks = int(os.environ.get("RANK", "0")) == 0
+    try:
+        for epoch, folder in sweep(
+            plan,
+            ensembles,
+            arguments.output,
+            device=arguments.device,
+            batch_size=arguments.batch_size,
+            include_path=arguments.include_path,
+        ):
+            if speaks:
+                print(f"epoch {epoch}: {folder}", flush=True)
+    except KeyboardInterrupt:
+        Interruption.says = lambda: (
+            f"finished epochs and the scores of the one under way are kept in {arguments.output}; "
+            "the same command goes on from there"
+        )
+        raise
+    if speaks:
+        flags = "".join(f" --ood {task}" for task in ood)
+        print(f"To see them: lora-ensemble report {arguments.output}{flags}")
     return 0
 
 

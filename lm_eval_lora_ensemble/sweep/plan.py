@@ -80,7 +80,8 @@ class SweepPlan:
                     f"{output} holds a sweep with other {' and '.join(differing)}; name a new --output"
                 )
             prints = {**known, **prints}
-        elif output.is_dir() and any(output.iterdir()):
+        # another process of this sweep may be writing sweep.json this very moment, under a hidden name
+        elif output.is_dir() and any(not path.name.startswith(".") for path in output.iterdir()):
             raise EnsembleError(f"{output} holds other files; name a new or empty folder as --output")
         output.mkdir(parents=True, exist_ok=True)
         manifest.write_json(file, {"settings": mine, "fingerprints": prints})

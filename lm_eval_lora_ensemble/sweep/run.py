@@ -33,7 +33,8 @@ def sweep(
     """Evaluate every epoch that ``output`` does not hold yet; yield (epoch, its results folder) when it is there.
 
     ``output/epoch_XX`` appears in one step when all its tasks are done. Scores of an epoch that was
-    interrupted are kept in a cache and not computed again.
+    interrupted are kept in a cache and not computed again. With several processes all of them score, and the
+    first one alone writes, moves and removes.
 
     Args:
         plan: what to evaluate.
@@ -60,13 +61,14 @@ def sweep(
         else:
             model.change_members(found)
         scratch = output / SCRATCH / _place(output, epoch).name
-        _evaluate(model, plan, epoch, manager, scratch)
+        results = _evaluate(model, plan, epoch, manager, scratch)
         if model.rank == 0:
-            (scratch / "results").replace(_place(output, epoch))
-        with contextlib.suppress(OSError):  # the last rank to leave removes what all of them used
-            shutil.rmtree(scratch)
-            scratch.parent.rmdir()
+            results.replace(_place(output, epoch))
+            shutil.rmtree(scratch, ignore_errors=True)
         yield epoch, _place(output, epoch)
+    if model is not None and model.rank == 0:
+        with contextlib.suppress(OSError):  # an earlier sweep's epoch may wait there
+            (output / SCRATCH).rmdir()
 
 
 def _place(output: Path, epoch: int) -> Path:
@@ -81,10 +83,12 @@ def _check_names(manager: TaskManager, tasks: tuple[str, ...]) -> None:
 
 def _evaluate(
     model: LoraEnsembleLM, plan: SweepPlan, epoch: int, manager: TaskManager, scratch: Path
-) -> None:
-    """Run lm-eval on one epoch and let it write its files into ``scratch/results``."""
-    shutil.rmtree(scratch / "results", ignore_errors=True)
+) -> Path:
+    """Run lm-eval on one epoch; return the folder in ``scratch`` where the first process wrote its files."""
+    folder = scratch / "results"
     scratch.mkdir(parents=True, exist_ok=True)
+    if model.rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
     arguments: dict[str, Any] = {
         "pretrained": model.ensemble.base_model,
         "adapters": plan.adapters,
@@ -92,7 +96,7 @@ def _evaluate(
         **({"members": plan.members} if plan.members else {}),
         **(plan.model_args or {}),
     }
-    tracker = EvaluationTracker(output_path=str(scratch / "results"))
+    tracker = EvaluationTracker(output_path=str(folder))
     results = simple_evaluate(
         model=model,
         model_args=arguments,
@@ -103,10 +107,11 @@ def _evaluate(
         evaluation_tracker=tracker,
         task_manager=manager,
     )
-    if results is None:  # not the first rank, which writes for all
-        return
+    if results is None:  # not the first process, which writes for all
+        return folder
     results["config"]["model"] = MODEL_NAME
     samples = results.pop("samples")
     tracker.save_results_aggregated(results=results, samples=samples)
     for task in results["configs"]:
         tracker.save_results_samples(task_name=task, samples=samples[task])
+    return folder
