@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -78,23 +78,38 @@ class Run:
         """N, the same for all tasks."""
         return next(iter(self.tasks.values())).n_members
 
+    def __contains__(self, name: str) -> bool:
+        """Whether ``name`` is a task or a group of this run."""
+        return name in self.tasks or name in self.groups
+
     def names(self) -> list[str]:
         """Return groups and tasks, those first that are in no other group."""
-        return self.top_level() + [n for n in (*self.groups, *self.tasks) if n not in self.top_level()]
+        top = self.top_level()
+        return top + [name for name in (*self.groups, *self.tasks) if name not in top]
 
-    def top_level(self) -> list[str]:
-        """Return the groups and tasks whose documents no other group holds as well."""
-        names = [*self.groups, *self.tasks]
-        leaves = {name: set(self.leaves(name)) for name in names}
-        return [
-            name
-            for i, name in enumerate(names)
-            if not any(
-                leaves[name] < leaves[other] or (leaves[name] == leaves[other] and j < i)
-                for j, other in enumerate(names)
-                if j != i
-            )
-        ]
+    def top_level(self, *, besides: Sequence[str] = ()) -> list[str]:
+        """Return the groups and tasks whose documents no other group holds as well.
+
+        Args:
+            besides: groups and tasks to leave out, with every group and task that shares documents with them.
+
+        Raises:
+            EnsembleError: one of ``besides`` is neither a task nor a group of this run.
+        """
+        if not besides:
+            return list(self._top_level)
+        without = {leaf for name in besides for leaf in self.leaves(name)}
+        return _outermost(
+            {
+                name: own
+                for name in (*self.groups, *self.tasks)
+                if not without & (own := set(self.leaves(name)))
+            }
+        )
+
+    @cached_property
+    def _top_level(self) -> list[str]:
+        return _outermost({name: set(self.leaves(name)) for name in (*self.groups, *self.tasks)})
 
     def leaves(self, name: str) -> tuple[str, ...]:
         """Return the tasks that ``name`` stands for.
@@ -118,12 +133,30 @@ class Run:
         Raises:
             EnsembleError: neither a task nor a group of this run.
         """
-        leaves = self.leaves(name)
-        return (
-            self.tasks[name]
-            if name in self.tasks
-            else Predictions.concatenate([self.tasks[t] for t in leaves])
+        if name in self.tasks:
+            return self.tasks[name]
+        if name not in self._pooled:
+            self._pooled[name] = Predictions.concatenate([self.tasks[leaf] for leaf in self.leaves(name)])
+        return self._pooled[name]
+
+    @cached_property
+    def _pooled(self) -> dict[str, Predictions]:
+        """The groups that were asked for."""
+        return {}
+
+
+def _outermost(leaves: Mapping[str, set[str]]) -> list[str]:
+    """Return the names whose tasks no other name has as well; of equals the first."""
+    names = list(leaves)
+    return [
+        name
+        for i, name in enumerate(names)
+        if not any(
+            leaves[name] < leaves[other] or (leaves[name] == leaves[other] and j < i)
+            for j, other in enumerate(names)
+            if j != i
         )
+    ]
 
 
 def load_samples(path: Path | str) -> Run:
@@ -183,10 +216,9 @@ def merge_runs(runs: Sequence[Run]) -> list[Run]:
         for i, other in enumerate(merged):
             known = run.identity and run.identity == other.identity
             if known and not set(run.tasks) & set(other.tasks):
-                merged[i] = Run(
+                merged[i] = replace(
+                    other,
                     source=f"{other.source}, {run.source}",
-                    date=other.date,
-                    config=other.config,
                     tasks={**other.tasks, **run.tasks},
                     groups={**other.groups, **run.groups},
                     skipped={**other.skipped, **run.skipped},

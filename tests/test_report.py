@@ -23,7 +23,7 @@ from lm_eval_lora_ensemble.report.build import Options, make_report
 from lm_eval_lora_ensemble.report.entries import make_entries
 from lm_eval_lora_ensemble.report.leaderboard import COLUMNS, resamples_for
 from lm_eval_lora_ensemble.report.markdown import escape
-from lm_eval_lora_ensemble.report.series import make_series
+from lm_eval_lora_ensemble.report.series import compare_series, make_series
 from lm_eval_lora_ensemble.uncertainty.result import Settings
 
 REAL = Path(__file__).parent / "data" / "smollm2_arc_easy"
@@ -216,13 +216,17 @@ def test_markdown_escapes_what_would_be_markup():
     assert escape("arc_easy [0.1, 0.2].") == "arc_easy [0.1, 0.2]."
 
 
+def swept(adapters: str, epoch: int) -> dict:
+    return {
+        "model": "lora-ensemble",
+        "model_args": {"adapters": adapters, "epoch": epoch},
+        "lora_ensemble": {"fingerprint": f"{adapters}{epoch}", "base_model": "base", "epoch": epoch},
+    }
+
+
 def test_epochs_become_a_series_with_retention(tmp_path):
     for epoch, members in ((0, 1), (1, 3), (2, 3)):
-        config = {
-            "model": "lora-ensemble",
-            "model_args": {"adapters": "runs/lambda_1", "epoch": epoch},
-            "lora_ensemble": {"fingerprint": str(epoch), "base_model": "base", "epoch": epoch},
-        }
+        config = swept("runs/lambda_1", epoch)
         write_run(tmp_path / f"epoch_{epoch:02d}", {"one": 50}, seed=epoch, members=members, config=config)
     runs = load_runs(tmp_path)
     entries = make_entries(runs)
@@ -241,6 +245,37 @@ def test_epochs_become_a_series_with_retention(tmp_path):
     singles = [(knew & later.only([m]).correct).sum() / knew.sum() for m in range(3)]
     assert series.points[1].retention_single["kept"].value == pytest.approx(np.mean(singles))
     assert series.points[0].retention["kept"].value == 1
+
+
+def test_an_epoch_that_answered_other_documents_is_in_no_curve(tmp_path):
+    for epoch, documents in ((0, 50), (1, 50), (2, 40), (3, 50)):
+        write_run(tmp_path / f"{epoch}", {"one": documents}, seed=epoch, config=swept("runs/a", epoch))
+    report = report_of(tmp_path)
+    (series,) = report.series
+    assert [point.epoch for point in series.points] == [0, 1, 3]
+    assert [bool(point.retention) for point in series.points] == [True] * 3
+    assert "a on one: epoch 2 answered other documents and is in no curve" in report.notes
+
+
+def test_swept_ensembles_are_compared_where_they_answered_the_same_and_groups_by_task(tmp_path):
+    for adapters, seed in (("runs/a", 0), ("runs/b", 10)):
+        for epoch in (0, 1, 2):
+            sizes = {"one": 50, "two": 30 + (epoch == 2) * seed}
+            place = tmp_path / adapters / str(epoch)
+            write_run(
+                place, sizes, groups={"all": ["one", "two"]}, seed=seed + epoch, config=swept(adapters, epoch)
+            )
+    entries = make_entries(load_runs(tmp_path))
+    (found,) = compare_series(entries, Settings(resamples=50))
+    assert (found.first, found.second, found.task, found.epochs) == ("a", "b", "all", (0, 1))
+    a, b = (
+        next(e for e in entries if e.run.series == s and e.run.epoch == 1).run for s in ("runs/a", "runs/b")
+    )
+    same = [a.tasks[t].mixture.argmax(axis=1) == b.tasks[t].mixture.argmax(axis=1) for t in ("one", "two")]
+    assert found.agreement[1].value == pytest.approx(np.concatenate(same).mean())
+    # two tasks drawn as wholes: a resample is one of them twice or both
+    means = [part.mean() for part in same]
+    assert found.agreement[1].percentile == pytest.approx((min(means), max(means)))
 
 
 def test_large_tasks_get_fewer_resamples():

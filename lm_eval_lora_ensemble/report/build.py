@@ -14,10 +14,11 @@ from lm_eval_lora_ensemble.errors import EnsembleError, one_line
 from lm_eval_lora_ensemble.records import Run
 from lm_eval_lora_ensemble.report import headline, markdown, page
 from lm_eval_lora_ensemble.report.documents import Document, pick_documents
-from lm_eval_lora_ensemble.report.entries import Entry, make_entries
+from lm_eval_lora_ensemble.report.entries import Entry, is_last_epoch, make_entries
 from lm_eval_lora_ensemble.report.leaderboard import Board, leaderboard
 from lm_eval_lora_ensemble.report.series import Between, Series, compare_series, make_series
-from lm_eval_lora_ensemble.uncertainty.detection import Detection, detect
+from lm_eval_lora_ensemble.uncertainty.detection import Detection
+from lm_eval_lora_ensemble.uncertainty.evaluate import detect_all
 from lm_eval_lora_ensemble.uncertainty.result import Settings, plain
 
 MARK = "report.json"
@@ -117,7 +118,7 @@ def make_report(
     """
     entries = make_entries(runs)
     for name in options.ood:
-        if not any(name in e.run.tasks or name in e.run.groups for e in entries):
+        if not any(name in e.run for e in entries):
             known = sorted({n for e in entries for n in e.run.names()})
             raise EnsembleError(f"no run has the out-of-domain task {name!r}; tasks are {', '.join(known)}")
     boards: list[Board] = []
@@ -141,7 +142,11 @@ def make_report(
         between=compare_series(entries, options.settings),
         documents=pick_documents(entries, options.documents),
         statements=headline.sentences(entries, boards, detections),
-        notes=[*dict.fromkeys(note for board in boards for note in board.notes), *_left_out(entries)],
+        notes=[
+            *dict.fromkeys(note for board in boards for note in board.notes),
+            *(note for one in series for note in one.notes),
+            *_left_out(entries),
+        ],
     )
 
 
@@ -160,32 +165,11 @@ def _left_out(entries: Sequence[Entry]) -> list[str]:
 def _detections(entries: Sequence[Entry], options: Options) -> Detections:
     """Tell out-of-domain from in-domain documents in every run that has both; of a sweep, in the last epoch."""
     found: Detections = {}
-    last = {
-        e.series: max(x.run.epoch or 0 for x in entries if x.series == e.series)
-        for e in entries
-        if e.series is not None
-    }
     for index, entry in enumerate(entries):
-        if entry.series is not None and entry.run.epoch != last[entry.series]:
-            continue
-        out = [name for name in options.ood if name in entry.run.names()]
-        outside = {leaf for name in out for leaf in entry.run.leaves(name)}
-        inside = [n for n in entry.run.top_level() if not outside & set(entry.run.leaves(n))]
-        if out and inside:
-            found[index] = {
-                name: {o: _detect(entry.run, name, o, options.settings) for o in out} for name in inside
-            }
+        out = [name for name in options.ood if name in entry.run]
+        if out and is_last_epoch(entry, entries) and entry.run.top_level(besides=out):
+            found[index] = detect_all(entry.run, out, options.settings)
     return found
-
-
-def _detect(run: Run, inside: str, outside: str, settings: Settings) -> dict[str, Detection]:
-    return detect(
-        run.predictions(inside),
-        run.predictions(outside),
-        resamples=settings.resamples,
-        seed=settings.seed,
-        level=settings.level,
-    )
 
 
 def refuse_foreign(output: Path) -> None:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.records import load_runs, merge_runs
-from lm_eval_lora_ensemble.uncertainty.calibration import DEFAULT_BINS
-from lm_eval_lora_ensemble.uncertainty.result import Settings
+from lm_eval_lora_ensemble.uncertainty.arguments import add_settings, settings_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,18 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("report"), help="folder to write (default: report)"
     )
-    parser.add_argument(
-        "--ood", action="append", default=[], metavar="TASK", help="a task that is out-of-domain; repeatable"
-    )
     parser.add_argument("--title", help="of the page")
-    parser.add_argument(
-        "--bins", type=int, default=DEFAULT_BINS, help="calibration bins (default %(default)s)"
-    )
-    parser.add_argument(
-        "--resamples", type=int, default=1000, help="bootstrap resamples (default %(default)s)"
-    )
-    parser.add_argument("--level", type=float, default=0.95, help="of the intervals (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the resampling (default %(default)s)")
+    add_settings(parser)
     parser.add_argument(
         "--documents", type=int, default=3000, help="documents the page shows, about (default %(default)s)"
     )
@@ -60,9 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     refuse_foreign(arguments.output)  # before the work, not after
     options = Options(
         ood=tuple(dict.fromkeys(arguments.ood)),
-        settings=Settings(
-            bins=arguments.bins, resamples=arguments.resamples, seed=arguments.seed, level=arguments.level
-        ),
+        settings=settings_of(arguments),
         documents=arguments.documents,
         figures=arguments.figures,
         **({"title": arguments.title} if arguments.title else {}),

@@ -45,6 +45,12 @@ def make_entries(runs: Sequence[Run]) -> list[Entry]:
     ]
 
 
+def is_last_epoch(entry: Entry, entries: Sequence[Entry]) -> bool:
+    """Whether an entry is the last epoch of its series, or of no series: what a report looks at closely."""
+    epochs = [e.run.epoch or 0 for e in entries if e.series == entry.series]
+    return entry.series is None or (entry.run.epoch or 0) == max(epochs)
+
+
 def short_name(path: str) -> str:
     """Return the last part of a folder's or a model's name, safe to print and not too long."""
     return one_line(path.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1])[:_LONGEST_LABEL]

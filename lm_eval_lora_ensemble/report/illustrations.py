@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lm_eval_lora_ensemble.report import figures
-from lm_eval_lora_ensemble.report.entries import Entry
+from lm_eval_lora_ensemble.report.entries import Entry, is_last_epoch
 from lm_eval_lora_ensemble.report.series import Between, EpochPoint, Series
 from lm_eval_lora_ensemble.uncertainty.detection import Detection
 from lm_eval_lora_ensemble.uncertainty.intervals import Estimate
@@ -73,16 +73,11 @@ def choose(
         *(
             picture
             for index, entry in enumerate(entries)
-            if _is_last_of_series(entry, entries)
+            if is_last_epoch(entry, entries)
             for task in entry.run.top_level()
             for picture in _of_task(index, entry, task, settings)
         ),
     ]
-
-
-def _is_last_of_series(entry: Entry, entries: Sequence[Entry]) -> bool:
-    same = [e.run.epoch or 0 for e in entries if e.series is not None and e.series == entry.series]
-    return entry.series is None or (entry.run.epoch or 0) == max(same)
 
 
 def _name(*parts: object) -> str:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.report.entries import Entry
 from lm_eval_lora_ensemble.uncertainty.battery import METRICS, Battery
 from lm_eval_lora_ensemble.uncertainty.evaluate import macro_mean
-from lm_eval_lora_ensemble.uncertainty.intervals import Bootstrapped, Estimate, bootstrap, mean_of
-from lm_eval_lora_ensemble.uncertainty.predictions import Predictions, check_same_documents
+from lm_eval_lora_ensemble.uncertainty.intervals import Bootstrapped, Estimate, Plan, bootstrap, mean_of
+from lm_eval_lora_ensemble.uncertainty.predictions import Predictions, same_documents
 from lm_eval_lora_ensemble.uncertainty.result import Settings
 
 COLUMNS: dict[str, str] = {
@@ -130,7 +129,7 @@ def leaderboard(entries: Sequence[Entry], settings: Settings) -> Iterator[Board]
     groups = {name for e in entries for name in e.run.groups}
     ensembles: dict[tuple[int, str], Bootstrapped] = {}
     for name in sorted(names, key=lambda name: (name in groups, names.index(name))):
-        having = [(i, e) for i, e in enumerate(entries) if name in e.run.tasks or name in e.run.groups]
+        having = [(i, e) for i, e in enumerate(entries) if name in e.run]
         drawn = [row for i, entry in having for row in _draw(i, entry, name, settings)]
         if not drawn:
             continue
@@ -138,7 +137,7 @@ def leaderboard(entries: Sequence[Entry], settings: Settings) -> Iterator[Board]
         top = any(name in e.run.top_level() for _, e in having)
         ensembles |= {(row.entry, name): row.drawn for row in drawn if row.kind in ("ensemble", "model")}
         sizes = [row.predictions.n_documents for row in drawn]
-        comparable = _same_documents(drawn)
+        comparable = all(same_documents(drawn[0].predictions, row.predictions) for row in drawn)
         best = _best(drawn) if comparable and len(drawn) > 1 else {}
         rows = []
         for index, row in enumerate(drawn):
@@ -172,11 +171,7 @@ def _draw(index: int, entry: Entry, name: str, settings: Settings) -> list[_Draw
     predictions = entry.run.predictions(name)
     if predictions.gold is None:
         return []
-    clustered = len(entry.run.leaves(name)) > 1
-    plan = replace(
-        settings.plan(name, predictions, clustered=clustered),
-        resamples=resamples_for(predictions.n_documents, settings.resamples),
-    )
+    plan = report_plan(name, predictions, settings)
 
     def draw(of: Predictions) -> Bootstrapped:
         return bootstrap(Battery(of, settings.bins, COLUMNS), plan)
@@ -207,18 +202,15 @@ def _gains(entries: Sequence[Entry], name: str, rows: Sequence[_Drawn]) -> dict[
     return found
 
 
+def report_plan(name: str, predictions: Predictions, settings: Settings) -> Plan:
+    """Return how a report resamples a task: as the battery does, less often where documents are very many."""
+    n = resamples_for(predictions.n_documents, settings.resamples)
+    return settings.plan(name, predictions, resamples=n)
+
+
 def resamples_for(documents: int, asked: int) -> int:
     """Return how many resamples so many documents get."""
     return min(asked, max(_FEWEST_RESAMPLES, _DRAWS // documents))
-
-
-def _same_documents(rows: Sequence[_Drawn]) -> bool:
-    try:
-        for row in rows[1:]:
-            check_same_documents(rows[0].predictions, row.predictions)
-    except EnsembleError:
-        return False
-    return True
 
 
 def _best(rows: Sequence[_Drawn]) -> dict[str, int]:
@@ -283,12 +275,3 @@ def display(value: float) -> str:
         return "∞" if value > 0 else "−∞"
     # adding 0 turns a −0 left by rounding into 0
     return f"{round(value, 3) + 0.0:.3f}".replace("-", "−")
-
-
-def by_entry(boards: Sequence[Board]) -> Mapping[tuple[int, str], Mapping[str, Row]]:
-    """Index rows by (run, kind) and task."""
-    found: dict[tuple[int, str], dict[str, Row]] = {}
-    for board in boards:
-        for row in board.rows:
-            found.setdefault((row.entry, row.kind), {})[board.task] = row
-    return found

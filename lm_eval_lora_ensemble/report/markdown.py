@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from lm_eval_lora_ensemble.report.leaderboard import COLUMNS, KINDS, Board, Cell
+from lm_eval_lora_ensemble.report.leaderboard import COLUMNS, KINDS, Board, Cell, display
 
 _ARROWS = {"higher": " ↑", "lower": " ↓", "": ""}
 
@@ -78,8 +78,4 @@ def _count(board: Board) -> str:
 
 def _with_interval(cell: Cell) -> str:
     value = f"**{cell.display}**" if cell.best else cell.display
-    return value if math.isnan(cell.low) else f"{value} [{_short(cell.low)}, {_short(cell.high)}]"
-
-
-def _short(value: float) -> str:
-    return f"{round(value, 3) + 0.0:.3f}".replace("-", "−")
+    return value if math.isnan(cell.low) else f"{value} [{display(cell.low)}, {display(cell.high)}]"

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_lora_ensemble.report.documents import REASONS, Document
-from lm_eval_lora_ensemble.report.leaderboard import COLUMNS, KINDS, Board, Cell, Row
+from lm_eval_lora_ensemble.report.entries import short_name
+from lm_eval_lora_ensemble.report.leaderboard import COLUMNS, KINDS, Board, Cell, Row, display
 from lm_eval_lora_ensemble.uncertainty.battery import METRICS
 
 if TYPE_CHECKING:
@@ -85,19 +86,18 @@ def _lines(boards: Sequence[Board]) -> list[dict[str, Any]]:
 
 
 def _cell(cell: Cell) -> dict[str, Any]:
-    interval = "" if math.isnan(cell.low) else f"{_short(cell.low)} – {_short(cell.high)}"
     return {
         "value": None if math.isnan(cell.value) else cell.value,
         "display": cell.display,
-        "interval": interval,
+        "interval": _interval(cell),
         "best": cell.best,
         "title": f"n = {cell.n}; {cell.interval or 'no'} interval, {cell.resamples} resamples; "
         f"from {', '.join(Path(s).name for s in cell.source[:3])}{' …' if len(cell.source) > 3 else ''}",
     }
 
 
-def _short(value: float) -> str:
-    return f"{round(value, 3) + 0.0:.3f}".replace("-", "−")
+def _interval(cell: Cell) -> str:
+    return "" if math.isnan(cell.low) else f"{display(cell.low)} – {display(cell.high)}"
 
 
 def _data(report: Report) -> dict[str, Any]:
@@ -131,11 +131,7 @@ def _rows(board: Board) -> list[list[Any]]:
 
 def _compact(row: Row, key: str) -> list[Any]:
     cell = row.cells[key]
-    return [
-        cell.display,
-        "" if math.isnan(cell.low) else f"{_short(cell.low)} – {_short(cell.high)}",
-        int(cell.best),
-    ]
+    return [cell.display, _interval(cell), int(cell.best)]
 
 
 def _document(document: Document) -> list[Any]:
@@ -173,5 +169,5 @@ def describe(config: Mapping[str, Any]) -> str:
     """Return what a run's configuration says of model and precision, for the table of runs."""
     ensemble = config.get("lora_ensemble")
     base = ensemble.get("base_model") if isinstance(ensemble, Mapping) else None
-    parts = [str(base).rstrip("/").rsplit("/", 1)[-1] if base else "", str(config.get("model_dtype", ""))]
-    return ", ".join(part.removeprefix("torch.") for part in parts if part)
+    parts = [short_name(str(base)) if base else "", str(config.get("model_dtype", "")).removeprefix("torch.")]
+    return ", ".join(part for part in parts if part)

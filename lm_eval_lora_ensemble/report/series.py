@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.report.entries import Entry, short_name
-from lm_eval_lora_ensemble.report.leaderboard import resamples_for
+from lm_eval_lora_ensemble.report.leaderboard import report_plan
 from lm_eval_lora_ensemble.uncertainty.battery import Battery
 from lm_eval_lora_ensemble.uncertainty.comparison import distance_statistics
 from lm_eval_lora_ensemble.uncertainty.intervals import (
@@ -18,7 +17,7 @@ from lm_eval_lora_ensemble.uncertainty.intervals import (
     bootstrap,
     mean_of,
 )
-from lm_eval_lora_ensemble.uncertainty.predictions import Predictions
+from lm_eval_lora_ensemble.uncertainty.predictions import Predictions, same_documents
 from lm_eval_lora_ensemble.uncertainty.result import Settings
 from lm_eval_lora_ensemble.uncertainty.retention import MEASURES, retention
 
@@ -57,12 +56,14 @@ class Series:
         task: task or group.
         documents: D.
         points: one for each epoch.
+        notes: which epochs are left out, and why.
     """
 
     label: str
     task: str
     documents: int
     points: list[EpochPoint]
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,12 @@ def make_series(entries: Sequence[Entry], settings: Settings) -> list[Series]:
     found = []
     for number in sorted(labels):
         runs = sorted((e for e in entries if e.series == number), key=lambda e: e.run.epoch or 0)
-        tasks = dict.fromkeys(name for e in runs for name in e.run.top_level())
-        for task in tasks:
-            having = [e for e in runs if task in e.run.names() and e.run.predictions(task).gold is not None]
-            if len({e.run.epoch for e in having}) >= 2:
-                found.append(_series(labels[number], task, having, settings))
-    return found
+        for task in dict.fromkeys(name for e in runs for name in e.run.top_level()):
+            by_epoch = {e.run.epoch or 0: e.run.predictions(task) for e in runs if task in e.run}
+            known = {epoch: p for epoch, p in by_epoch.items() if p.gold is not None}
+            if len(known) >= 2:
+                found.append(_series(labels[number], task, known, settings))
+    return [one for one in found if len(one.points) >= 2]
 
 
 def series_labels(entries: Sequence[Entry]) -> dict[int, str]:
@@ -100,19 +101,19 @@ def series_labels(entries: Sequence[Entry]) -> dict[int, str]:
     return names
 
 
-def _series(label: str, task: str, entries: Sequence[Entry], settings: Settings) -> Series:
-    by_epoch = {e.run.epoch or 0: e.run.predictions(task) for e in entries}
-    any_predictions = next(iter(by_epoch.values()))
-    clustered = len(entries[0].run.leaves(task)) > 1
-    plan = _plan(task, any_predictions, settings, clustered=clustered)
-    prior = by_epoch.get(0)
-    points = [_point(epoch, by_epoch[epoch], prior, plan, settings.bins) for epoch in sorted(by_epoch)]
-    return Series(label, task, any_predictions.n_documents, points)
-
-
-def _plan(task: str, predictions: Predictions, settings: Settings, *, clustered: bool) -> Plan:
-    n = resamples_for(predictions.n_documents, settings.resamples)
-    return replace(settings.plan(task, predictions, clustered=clustered), resamples=n)
+def _series(label: str, task: str, by_epoch: Mapping[int, Predictions], settings: Settings) -> Series:
+    """Return the epochs that answered the same documents as the most others did, the prior's first among equals."""
+    alike = [[e for e in by_epoch if same_documents(by_epoch[e], one)] for one in by_epoch.values()]
+    epochs = max(alike, key=len)
+    others = ", ".join(str(epoch) for epoch in by_epoch if epoch not in epochs)
+    plan = report_plan(task, by_epoch[epochs[0]], settings)
+    return Series(
+        label,
+        task,
+        by_epoch[epochs[0]].n_documents,
+        [_point(e, by_epoch[e], by_epoch[0] if 0 in epochs else None, plan, settings.bins) for e in epochs],
+        [f"{label} on {task}: epoch {others} answered other documents and is in no curve"] if others else [],
+    )
 
 
 def _point(epoch: int, later: Predictions, prior: Predictions | None, plan: Plan, bins: int) -> EpochPoint:
@@ -120,25 +121,13 @@ def _point(epoch: int, later: Predictions, prior: Predictions | None, plan: Plan
         return Battery(of, bins, METRICS_BY_EPOCH)
 
     ensemble, single = _both(later, plan, metrics)
-    point = EpochPoint(
+    kept = _both(later, plan, lambda of: retention(prior, of)) if prior is not None else ()
+    return EpochPoint(
         epoch,
         later.n_members,
         {name: ensemble.estimate(name) for name in METRICS_BY_EPOCH},
         {name: single.estimate(name) for name in METRICS_BY_EPOCH},
-    )
-    if prior is None:
-        return point
-    try:
-        kept, kept_single = _both(later, plan, lambda of: retention(prior, of))
-    except EnsembleError:  # the prior answered other documents
-        return point
-    return EpochPoint(
-        point.epoch,
-        point.members,
-        point.ensemble,
-        point.single,
-        {name: kept.estimate(name) for name in MEASURES},
-        {name: kept_single.estimate(name) for name in MEASURES},
+        *({name: drawn.estimate(name) for name in MEASURES} for drawn in kept),
     )
 
 
@@ -160,38 +149,28 @@ def compare_series(entries: Sequence[Entry], settings: Settings) -> list[Between
     for first in sorted(labels):
         for second in (number for number in sorted(labels) if number > first):
             runs = {
-                (e.series, e.run.epoch, task): e.run.predictions(task)
+                (e.series, e.run.epoch or 0, task): e.run.predictions(task)
                 for e in entries
                 if e.series in (first, second)
                 for task in e.run.top_level()
             }
             for task in dict.fromkeys(task for _, _, task in runs):
-                epochs = sorted(
-                    epoch
-                    for number, epoch, name in runs
-                    if number == first
-                    and name == task
-                    and (second, epoch, task) in runs
-                    and epoch is not None
-                )
-                pairs = [(runs[first, epoch, task], runs[second, epoch, task]) for epoch in epochs]
-                try:
-                    drawn = [_between(a, b, _plan(task, a, settings, clustered=False)) for a, b in pairs]
-                except EnsembleError:  # other documents
-                    continue
+                drawn = {
+                    epoch: bootstrap(distance_statistics(a, b), report_plan(task, a, settings))
+                    for (number, epoch, name), a in sorted(runs.items())
+                    if number == first and name == task
+                    # other documents, or none: nothing to compare at this epoch
+                    if (b := runs.get((second, epoch, task))) is not None and same_documents(a, b)
+                }
                 if drawn:
                     found.append(
                         Between(
                             labels[first],
                             labels[second],
                             task,
-                            tuple(epochs),
-                            tuple(d.estimate("agreement") for d in drawn),
-                            tuple(d.estimate("total_variation") for d in drawn),
+                            tuple(drawn),
+                            tuple(d.estimate("agreement") for d in drawn.values()),
+                            tuple(d.estimate("total_variation") for d in drawn.values()),
                         )
                     )
     return found
-
-
-def _between(a: Predictions, b: Predictions, plan: Plan) -> Bootstrapped:
-    return bootstrap(distance_statistics(a, b), plan)

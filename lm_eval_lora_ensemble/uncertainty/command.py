@@ -11,12 +11,12 @@ from typing import Any
 from lm_eval_lora_ensemble import manifest
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.records import Run, load_runs, merge_runs
+from lm_eval_lora_ensemble.uncertainty.arguments import add_settings, settings_of
 from lm_eval_lora_ensemble.uncertainty.battery import METRICS
-from lm_eval_lora_ensemble.uncertainty.calibration import DEFAULT_BINS
 from lm_eval_lora_ensemble.uncertainty.comparison import Comparison, compare_runs
 from lm_eval_lora_ensemble.uncertainty.evaluate import evaluate_uncertainty
 from lm_eval_lora_ensemble.uncertainty.intervals import Estimate
-from lm_eval_lora_ensemble.uncertainty.result import Settings, TaskResult, UncertaintyResult, plain
+from lm_eval_lora_ensemble.uncertainty.result import TaskResult, UncertaintyResult, plain
 
 _ARROWS = {"higher": "↑", "lower": "↓", "": ""}
 
@@ -34,27 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "are compared with the first, document by document",
     )
     parser.add_argument(
-        "--ood",
-        action="append",
-        default=[],
-        metavar="TASK",
-        help="a task or group that is out-of-domain: tell it from the others by each uncertainty; repeatable",
-    )
-    parser.add_argument(
         "--calibrate", metavar="TASK", help="fit temperatures on this task, apply to the others"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON")
-    parser.add_argument(
-        "--bins", type=int, default=DEFAULT_BINS, help="calibration bins (default %(default)s)"
-    )
-    parser.add_argument(
-        "--resamples", type=int, default=1000, help="bootstrap resamples (default %(default)s)"
-    )
-    parser.add_argument("--level", type=float, default=0.95, help="of the intervals (default %(default)s)")
+    add_settings(parser)
     parser.add_argument(
         "--alpha", type=float, default=0.1, help="error rate of conformal sets (default %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of resampling and splits (default %(default)s)")
     parser.add_argument("--all", action="store_true", help="print every task of a group, not the group only")
 
 
@@ -67,13 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
         raise EnsembleError(f"--json {arguments.json}: the folder does not exist; create it first")
-    settings = Settings(
-        bins=arguments.bins,
-        resamples=arguments.resamples,
-        seed=arguments.seed,
-        level=arguments.level,
-        alpha=arguments.alpha,
-    )
+    settings = settings_of(arguments)
     runs = merge_runs([run for place in arguments.results for run in load_runs(place)])
     _check_names(runs, [*arguments.ood, *([arguments.calibrate] if arguments.calibrate else [])])
     output: dict[str, Any] = {"runs": [], "comparisons": []}
@@ -98,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _check_names(runs: list[Run], names: Iterable[str]) -> None:
     """Refuse a task that some run lacks; say so if the samples come from different models."""
     for name in names:
-        have = [run for run in runs if name in run.tasks or name in run.groups]
+        have = [run for run in runs if name in run]
         lacks = [run for run in runs if run not in have]
         if have and lacks:
             raise EnsembleError(

@@ -40,14 +40,14 @@ def compare_runs(a: Run, b: Run, settings: Settings | None = None) -> dict[str, 
         EnsembleError: no task in common, or a task with other documents in one run than in the other.
     """
     chosen = settings or Settings()
-    names = [name for name in a.names() if name in b.tasks or name in b.groups]
+    names = [name for name in a.names() if name in b]
     if not names:
         raise EnsembleError(f"{a.source} and {b.source} have no task in common")
     results = {}
     for name in names:
         first, second = a.predictions(name), b.predictions(name)
         check_same_documents(first, second)
-        plan = chosen.plan(name, first, clustered=len(a.leaves(name)) > 1)
+        plan = chosen.plan(name, first)
         difference = bootstrap(Battery(first, chosen.bins), plan).minus(
             bootstrap(Battery(second, chosen.bins), plan)
         )

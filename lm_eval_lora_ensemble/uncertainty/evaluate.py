@@ -13,7 +13,7 @@ from lm_eval_lora_ensemble.uncertainty import conformal
 from lm_eval_lora_ensemble.uncertainty.arrays import FloatArray
 from lm_eval_lora_ensemble.uncertainty.battery import METRICS, Battery
 from lm_eval_lora_ensemble.uncertainty.calibration import reliability_table
-from lm_eval_lora_ensemble.uncertainty.detection import detect
+from lm_eval_lora_ensemble.uncertainty.detection import Detection, detect
 from lm_eval_lora_ensemble.uncertainty.intervals import (
     Bootstrapped,
     Estimate,
@@ -58,7 +58,8 @@ def evaluate_uncertainty(
             that is not out-of-domain only.
     """
     chosen = settings or Settings()
-    special = {name: set(run.leaves(name)) for name in (*ood, *([calibrate] if calibrate else []))}
+    for name in (*ood, *([calibrate] if calibrate else [])):
+        run.leaves(name)  # raises before the work, not after
     results: dict[str, TaskResult] = {}
     drawn: dict[str, Bootstrapped] = {}
     skipped = dict(run.skipped)
@@ -72,42 +73,57 @@ def evaluate_uncertainty(
     if not results and not ood:
         raise EnsembleError(f"{run.source}: no task has gold answers: {skipped}")
 
-    def others(names: Sequence[str]) -> list[str]:
-        leaves = set().union(*(special[name] for name in names))
-        found = [name for name in run.names() if not leaves & set(run.leaves(name))]
-        tops = [n for n in found if not any(set(run.leaves(n)) < set(run.leaves(m)) for m in found)]
-        if not tops:
-            raise EnsembleError(f"{run.source} has no task besides {', '.join(names)}")
-        return tops
-
     return UncertaintyResult(
         source=run.source,
         model={key: run.config[key] for key in ("model", "model_args", "lora_ensemble") if key in run.config},
         members=run.n_members,
         settings=chosen,
         tasks={name: results[name] for name in run.names() if name in results},
-        detection={
-            name: {
-                out: detect(
-                    run.predictions(name),
-                    run.predictions(out),
-                    resamples=chosen.resamples,
-                    seed=chosen.seed,
-                    level=chosen.level,
-                )
-                for out in ood
-            }
-            for name in (others(list(ood)) if ood else [])
-        },
-        recalibration={
-            name: _recalibrate(name, run.predictions(name), calibrate, run.predictions(calibrate), chosen)
-            for name in (others([calibrate]) if calibrate else [])
-            if name in results
-        }
-        if calibrate
-        else {},
+        detection=detect_all(run, ood, chosen),
+        recalibration=_recalibrate_all(run, calibrate, chosen) if calibrate else {},
         skipped=skipped,
     )
+
+
+def detect_all(
+    run: Run, ood: Sequence[str], settings: Settings
+) -> dict[str, dict[str, dict[str, Detection]]]:
+    """Tell each out-of-domain task from each other top-level one: by in-domain task, out-of-domain task, score.
+
+    Raises:
+        EnsembleError: a name that the run lacks, or no task besides the out-of-domain ones.
+    """
+    return {
+        inside: {
+            outside: detect(
+                run.predictions(inside),
+                run.predictions(outside),
+                resamples=settings.resamples,
+                seed=settings.seed,
+                level=settings.level,
+            )
+            for outside in ood
+        }
+        for inside in (_besides(run, ood) if ood else [])
+    }
+
+
+def _recalibrate_all(run: Run, fitted_on: str, settings: Settings) -> dict[str, list[RecalibrationResult]]:
+    """Apply temperatures fitted on one task to every other top-level one with gold answers."""
+    calibration = run.predictions(fitted_on)
+    tests = {name: run.predictions(name) for name in _besides(run, [fitted_on])}
+    return {
+        name: _recalibrate(name, test, fitted_on, calibration, settings)
+        for name, test in tests.items()
+        if test.gold is not None
+    }
+
+
+def _besides(run: Run, names: Sequence[str]) -> list[str]:
+    found = run.top_level(besides=names)
+    if not found:
+        raise EnsembleError(f"{run.source} has no task besides {', '.join(names)}")
+    return found
 
 
 def _evaluate_task(
@@ -118,8 +134,8 @@ def _evaluate_task(
     settings: Settings,
 ) -> tuple[TaskResult, Bootstrapped]:
     """Return a task's or group's result, and the ensemble's resamples for the groups above it."""
-    clustered = len(leaves) > 1
-    plan = settings.plan(name, predictions, clustered=clustered)
+    clustered = predictions.clusters is not None
+    plan = settings.plan(name, predictions)
     ensemble = bootstrap(Battery(predictions, settings.bins), plan)
     if predictions.n_members == 1:
         members = [ensemble]
@@ -220,7 +236,7 @@ def _conformal(predictions: Predictions, settings: Settings) -> list[ConformalRe
 def _recalibrate(
     name: str, test: Predictions, fitted_on: str, calibration: Predictions, settings: Settings
 ) -> list[RecalibrationResult]:
-    plan = settings.plan(name, test, clustered=len(np.unique(test.subjects)) > 1)
+    plan = settings.plan(name, test)
     names = [name for name, metric in METRICS.items() if metric.family == "calibration"]
     before = bootstrap(Battery(test, settings.bins, names), plan)
     results = []

@@ -172,6 +172,11 @@ class Predictions:
         return int(self.log_probabilities.shape[1])
 
     @cached_property
+    def clusters(self) -> StringArray | None:
+        """(D,): the tasks, which resampling draws as a whole; None for documents of one task, drawn one by one."""
+        return self.subjects if (self.subjects != self.subjects[:1]).any() else None
+
+    @cached_property
     def padding(self) -> BoolArray:
         """(D, C): true where the document has no such choice."""
         mask: BoolArray = np.arange(self.log_probabilities.shape[2]) >= self.counts[:, None]
@@ -247,6 +252,15 @@ class Predictions:
             self.documents[index],
             self.missing_gold,
         )
+
+
+def same_documents(a: Predictions, b: Predictions) -> bool:
+    """Whether a paired comparison of the two is one."""
+    try:
+        check_same_documents(a, b)
+    except EnsembleError:
+        return False
+    return True
 
 
 def check_same_documents(a: Predictions, b: Predictions) -> None:

@@ -37,13 +37,13 @@ class Settings:
     level: float = 0.95
     alpha: float = 0.1
 
-    def plan(self, name: str, predictions: Predictions, *, clustered: bool) -> Plan:
-        """Return how a task's documents are resampled; tasks draw independently of each other."""
+    def plan(self, name: str, predictions: Predictions, *, resamples: int | None = None) -> Plan:
+        """Return how a task's documents, or a group's tasks, are resampled; names draw independently of each other."""
         return Plan(
             predictions.n_documents,
-            self.resamples,
+            resamples or self.resamples,
             self.seed + zlib.crc32(name.encode()),
-            clusters=predictions.subjects if clustered else None,
+            clusters=predictions.clusters,
             level=self.level,
         )
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 from matplotlib.axes import Axes
 
@@ -59,35 +62,24 @@ def plot_risk_coverage(
         EnsembleError: unknown gold answers, ``resamples`` < 2, ``level`` outside (0, 1).
     """
     error = ~predictions.correct
-    ensemble, oracle = _curve(predictions), risk_coverage(error, error)
-    members = [_curve(predictions.only([m])) for m in range(predictions.n_members)]
     d, rate = predictions.n_documents, float(error.mean())
     grid = np.unique(np.ceil(np.linspace(1 / d, 1, min(d, _POINTS)) * d - 1e-9)) / d
-    low, high = _band(predictions, grid, resamples, seed, level)
-    mean = np.mean([_risk_at(grid, member) for member in members], axis=0)
-    name = "ensemble" if len(members) > 1 else "one member"
-
     ax = axes_or_new(ax)
-    ax.fill_between(
-        grid, low, high, color=BLUE, alpha=BAND, linewidth=0, label=f"{percent(level)} interval, {name}"
-    )
-    ax.plot(grid, _risk_at(grid, ensemble), color=BLUE, label=_label(name, ensemble.aurc))
-    if len(members) > 1:
-        label = _label("mean single member", float(np.mean([member.aurc for member in members])))
-        ax.plot(grid, mean, color=VERMILLION, linestyle=(0, (5, 2)), label=label)
-    ax.plot(
-        grid,
-        _risk_at(grid, oracle),
-        color=GREEN,
-        linestyle=(0, (1, 1.2)),
-        label=_label("oracle", oracle.aurc),
-    )
+    low, high = _band(predictions, grid, resamples, seed, level)
+    name = "ensemble" if predictions.n_members > 1 else "one member"
+    between = f"{percent(level)} interval, {name}"
+    ax.fill_between(grid, low, high, color=BLUE, alpha=BAND, linewidth=0, label=between)
+    drawn = [_draw(ax, grid, [_curve(predictions)], name, color=BLUE), high]
+    if predictions.n_members > 1:
+        members = [_curve(predictions.only([m])) for m in range(predictions.n_members)]
+        drawn.append(_draw(ax, grid, members, "mean single member", color=VERMILLION, linestyle=(0, (5, 2))))
+    _draw(ax, grid, [risk_coverage(error, error)], "oracle", color=GREEN, linestyle=(0, (1, 1.2)))
     ax.axhline(rate, color=GREY, linestyle=(0, (6, 2, 1, 2)), linewidth=1.2, label=_label("random", rate))
     ax.plot([1], [rate], "o", color=BLACK, clip_on=False)
-    reach = np.concatenate([high[grid >= _SETTLED], mean[grid >= _SETTLED], [rate]]).max()
-    ax.set(xlim=(0, 1), ylim=(0, min(1.02, 1.1 * float(reach)) or 0.05))
+    reach = max(rate, *(float(risk[grid >= _SETTLED].max()) for risk in drawn))
+    ax.set(xlim=(0, 1), ylim=(0, min(1.02, 1.1 * reach) or 0.05))
     ax.set(xlabel="coverage (share of documents answered)", ylabel="risk (error rate among them)")
-    drawn_by = "tasks" if _clusters(predictions) is not None else "documents"
+    drawn_by = "documents" if predictions.clusters is None else "tasks"
     caption(
         ax,
         title,
@@ -96,6 +88,13 @@ def plot_risk_coverage(
     )
     legend_below(ax)
     return ax
+
+
+def _draw(ax: Axes, grid: FloatArray, curves: Sequence[RiskCoverage], name: str, **style: Any) -> FloatArray:
+    """Draw the mean of some curves, their mean area in the legend; return the mean risk at each coverage."""
+    risk: FloatArray = np.mean([_risk_at(grid, curve) for curve in curves], axis=0)
+    ax.plot(grid, risk, label=_label(name, float(np.mean([curve.aurc for curve in curves]))), **style)
+    return risk
 
 
 def _label(name: str, area: float) -> str:
@@ -116,18 +115,13 @@ def _interpolated(coverage: FloatArray, accepted: FloatArray, errors: FloatArray
     return risk
 
 
-def _clusters(predictions: Predictions) -> np.ndarray | None:
-    """Return the tasks to resample as a whole, as for every group's intervals, or None for a plain task."""
-    return predictions.subjects if len(np.unique(predictions.subjects)) > 1 else None
-
-
 def _band(
     predictions: Predictions, coverage: FloatArray, resamples: int, seed: int, level: float
 ) -> tuple[FloatArray, FloatArray]:
     """Return the lower and upper limit of the risk at each coverage."""
     error: BoolArray = ~predictions.correct
     ranking = Ranking(1 - predictions.confidence, error)
-    plan = Plan(predictions.n_documents, resamples, seed, clusters=_clusters(predictions), level=level)
+    plan = Plan(predictions.n_documents, resamples, seed, clusters=predictions.clusters, level=level)
     risks = []
     for weights in plan.draws():
         runs = ranking.runs(weights)
