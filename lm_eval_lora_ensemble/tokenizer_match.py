@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.members import Member
+from lm_eval_lora_ensemble.strict_json import read_json
 
 CONFIG = "tokenizer_config.json"
+MAX_CONFIG_BYTES = 8 << 20
+"""Eight MiB: a configuration lists its added tokens, at most some ten thousand."""
 # any of these makes a tokenizer; the configuration alone does not
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
@@ -95,9 +97,9 @@ def _other_added_tokens(member: Member, base: Any) -> str | None:
     """Compare the added tokens that a configuration without a vocabulary lists."""
     path = member.folder / CONFIG
     try:
-        listed = json.loads(path.read_text(encoding="utf-8")).get("added_tokens_decoder", {})
+        listed = read_json(path, MAX_CONFIG_BYTES).get("added_tokens_decoder", {})
         added = {str(token["content"]): int(number) for number, token in listed.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (EnsembleError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise EnsembleError(
             f"{path} ({member.name}) is not a readable tokenizer configuration ({type(error).__name__}: {error}); "
             "if it is the base model's, remove it"

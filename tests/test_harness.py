@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import independent_battery as independent
 import numpy as np
 import pytest
 import scipy.special
@@ -76,54 +77,17 @@ def one_process(ensemble, task_folder, output):
     return *read(output), done
 
 
-def probabilities(samples: list[dict]) -> list[np.ndarray]:
-    return [scipy.special.softmax(np.array(sample["members"]), axis=1) for sample in samples]
-
-
 def gold_of(task: str, sample: dict) -> int:
     return sample["doc"]["gold"] if task == "varies_context" else int(sample["target"])
 
 
 def recomputed(task: str, samples: list[dict]) -> dict[str, float]:
-    """Every metric of a task from its samples alone, by scipy, scikit-learn and torchmetrics."""
-    members = probabilities(samples)
-    mixtures = [p.mean(axis=0) for p in members]
-    golds = [gold_of(task, sample) for sample in samples]
-    width = max(map(len, mixtures))
-    padded = np.array([np.pad(p, (0, width - len(p))) for p in mixtures])
-    entropy = np.array([scipy.stats.entropy(p) for p in mixtures])
-    expected = np.array([scipy.stats.entropy(p, axis=1).mean() for p in members])
-    divergence = [np.mean([scipy.stats.entropy(q, p.mean(axis=0)) for q in p]) for p in members]
-    # torchmetrics gives confidence 1 a bin of its own; our last bin is closed on the right
-    confidence = torch.tensor(np.minimum(padded.max(axis=1), 1 - 1e-7))
-    correct = torch.tensor(padded.argmax(axis=1) == np.array(golds))
-    # torchmetrics' binary form bins P(positive): confidence with "right" as the positive class
-    calibration = {
-        name: float(torchmetrics.binary_calibration_error(confidence, correct.int(), n_bins=15, norm=norm))
-        for name, norm in (("ece", "l1"), ("rms_ce", "l2"))
-    }
-    return {
-        "acc": float(
-            np.mean([np.argmax(_ensemble_scores(s)) == g for s, g in zip(samples, golds, strict=True)])
-        ),
-        # scikit-learn's log_loss clips at 2e-16, which these peaked random models go below
-        "nll": -float(np.mean([_log_mixture(s)[g] for s, g in zip(samples, golds, strict=True)])),
-        "brier_score": _brier(golds, padded),
-        "predictive_entropy": float(entropy.mean()),
-        "expected_entropy": float(expected.mean()),
-        "mutual_information": float(np.mean(divergence)),
-        **calibration,
-    }
-
-
-def _log_mixture(sample: dict) -> np.ndarray:
-    log_probs = scipy.special.log_softmax(np.array(sample["members"]), axis=1)
-    return scipy.special.logsumexp(log_probs, axis=0) - np.log(len(log_probs))
-
-
-def _brier(golds: list[int], padded: np.ndarray) -> float:
-    one_hot = np.eye(padded.shape[1])[golds]
-    return sum(sklearn.metrics.brier_score_loss(one_hot[:, c], padded[:, c]) for c in range(padded.shape[1]))
+    """The metrics of the harness from a task's samples alone."""
+    documents = [independent.Document(np.array(s["members"]), gold_of(task, s)) for s in samples]
+    # acc compares scores of the choices as they are, which are not distributions over them
+    right = [np.argmax(_ensemble_scores(s)) == d.gold for s, d in zip(samples, documents, strict=True)]
+    found = independent.battery(documents)
+    return {"acc": float(np.mean(right)), **{metric: found[metric] for metric in OURS}}
 
 
 def _ensemble_scores(sample: dict) -> np.ndarray:
