@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -34,6 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
+from memory import peak_bytes
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from shapes import SHAPES
@@ -282,8 +282,8 @@ def main(argv: list[str]) -> None:
             lm = load_hf() if options.only == "hf" else load_ours()
             for requests in request_sets(options, lm).values():
                 lm._loglikelihood_tokens(requests, disable_tqdm=True)
-            used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            print((torch.cuda.max_memory_allocated() if options.device != "cpu" else used) / 2**30)
+            used = torch.cuda.max_memory_allocated() if options.device != "cpu" else peak_bytes()
+            print(used / 2**30)
             return
         hf, ours = load_hf(), load_ours()
         rows = [

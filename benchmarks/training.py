@@ -16,7 +16,6 @@ import argparse
 import copy
 import dataclasses
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from memory import peak_bytes
 from shapes import SHAPES
 from transformers import AutoModelForCausalLM
 
@@ -297,7 +297,7 @@ def measure_memory(arguments: argparse.Namespace) -> dict[str, float]:
         way.step(step)
     if arguments.device.startswith("cuda"):
         return {"peak_bytes": torch.cuda.max_memory_allocated()}
-    return {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    return {"peak_bytes": peak_bytes()}
 
 
 def machine(device: str) -> str:
