@@ -20,6 +20,7 @@ from lm_eval_lora_ensemble.finite import NonFiniteScoreError, check_finite
 from lm_eval_lora_ensemble.loading import attach_members, twins
 from lm_eval_lora_ensemble.members import DEFAULT_FOLDER, Ensemble, find_ensemble, refuse_missing_folder
 from lm_eval_lora_ensemble.mixture import AVERAGES, Average, EnsembleLoglikelihood
+from lm_eval_lora_ensemble.precision import has_fast_bfloat16
 from lm_eval_lora_ensemble.provenance import device_name, recipe_of, versions
 from lm_eval_lora_ensemble.saving import save_runs_whole
 from lm_eval_lora_ensemble.scoring.forward import PackedModel
@@ -99,6 +100,11 @@ class LoraEnsembleLM(HFLM):
         refuse_missing_folder(self.ensemble.base_model, "base model folder")
         super().__init__(pretrained=self.ensemble.base_model, **kwargs)
         if self.rank == 0:
+            if self.model.dtype == torch.bfloat16 and not has_fast_bfloat16(self.device):
+                logger.warning(
+                    "%s emulates bfloat16, many times slower than float32; add dtype=float32 to --model_args",
+                    self.device,
+                )
             for name, original in twins(self.ensemble.members).items():
                 logger.warning(
                     "%s is the same adapter as %s: it adds nothing but weight to that one", name, original

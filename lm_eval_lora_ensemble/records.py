@@ -18,6 +18,10 @@ from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.samples import read_task
 from lm_eval_lora_ensemble.uncertainty.predictions import Predictions
 
+UNFINISHED, FINISHED, IN_PROGRESS = ".unfinished", ".finished", ".in_progress"
+NOT_TO_READ = {UNFINISHED, FINISHED, IN_PROGRESS}
+"""Folders that hold what a killed run or sweep left; other names with a dot may be a model's, as of ``./model``."""
+
 _DATE = r"(?P<date>\d{4}-\d{2}-\d{2}T\d{2}-\d{2}-\d{2}(?:\.\d+)?)"
 _SAMPLES = re.compile(rf"samples_(?P<task>.+)_{_DATE}\.jsonl")
 _RESULTS = re.compile(rf".*_{_DATE}\.json")
@@ -183,9 +187,8 @@ def load_runs(path: Path | str) -> list[Run]:
     """Read every run below ``path``, oldest first; arguments and errors as :func:`load_samples`."""
     place = Path(path)
     if place.is_dir():
-        # hidden folders hold what a killed run or sweep has not finished
         every = sorted(place.rglob("samples_*.jsonl"))
-        files = [f for f in every if not any(p.startswith(".") for p in f.relative_to(place).parts)]
+        files = [file for file in every if not NOT_TO_READ & set(file.relative_to(place).parts)]
     elif place.suffix == ".jsonl" and place.is_file():
         files = [place]
     elif place.suffix == ".json" and place.is_file():

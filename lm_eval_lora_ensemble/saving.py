@@ -18,10 +18,15 @@ from typing import Any
 
 from filelock import FileLock
 from lm_eval.loggers import EvaluationTracker
+from lm_eval.utils import sanitize_model_name
 
 from lm_eval_lora_ensemble.errors import EnsembleError
+from lm_eval_lora_ensemble.members import DEFAULT_FOLDER
+from lm_eval_lora_ensemble.records import FINISHED, UNFINISHED
 
-UNFINISHED, FINISHED, LOCK = ".unfinished", ".finished", ".saving.lock"
+LOCK = ".saving.lock"
+_LONGEST_NAME = 120
+"""Characters of a folder's name; a file system takes 255 bytes."""
 
 
 @functools.cache
@@ -38,6 +43,8 @@ def save_runs_whole() -> None:
         if not self.output_path or "lora_ensemble" not in results.get("config", {}):
             write_results(self, results, samples)
             return
+
+        _name_by_adapters(self.general_config_tracker, results["config"])
 
         def write() -> None:
             write_results(self, results, samples)
@@ -57,6 +64,22 @@ def save_runs_whole() -> None:
 
     EvaluationTracker.save_results_aggregated = save_results_aggregated
     EvaluationTracker.save_results_samples = save_results_samples
+
+
+def _name_by_adapters(tracker: Any, config: dict[str, Any]) -> None:
+    """Let the run's folder have the adapters' name, as that of ``hf`` has its ``peft``'s.
+
+    lm-eval, which does not know ``adapters``, would name it after the base model, whoever is on it, or at random.
+    """
+    arguments = config.get("model_args")
+    if not isinstance(arguments, dict):  # evaluated from Python with a loaded model
+        return
+    adapters = arguments.get("adapters") or DEFAULT_FOLDER
+    name = adapters if isinstance(adapters, str) else ";".join(map(str, adapters))
+    folder = sanitize_model_name(name).lstrip("._") or tracker.model_name_sanitized
+    if len(folder) > _LONGEST_NAME:
+        folder = f"{folder[: _LONGEST_NAME - 9]}_{config['lora_ensemble']['fingerprint'][:8]}"
+    tracker.model_name, tracker.model_name_sanitized = name, folder
 
 
 def _save(tracker: Any, write: Callable[[], None], sizes: dict[str, int]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -350,3 +351,38 @@ def test_context_varying_tasks_equal_hf(ensemble, llama, task_folder, caplog):
             for mine, other in zip(*(r["samples"]["varies_context"] for r in (ours, theirs)), strict=True):
                 expected = [score for ((score, _),) in other["resps"]]
                 np.testing.assert_allclose(np.array(mine["members"])[i], expected, atol=1e-4)
+
+
+CHAT = (
+    "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} ; {% endfor %}"
+    "{% if add_generation_prompt %}assistant :{% endif %}"
+)
+
+
+def test_chat_template_system_instruction_and_examples_reach_every_member(
+    llama, task_folder, tmp_path, edit_json
+):
+    base = Path(shutil.copytree(llama, tmp_path / "chat"))
+    edit_json(base / "tokenizer_config.json", chat_template=CHAT)
+    adapters = random_adapters(base, tmp_path / "ensemble", 2)
+    asked = {
+        "apply_chat_template": True,
+        "fewshot_as_multiturn": True,
+        "num_fewshot": 2,
+        "system_instruction": "answer as a member of an ensemble",
+        "limit": 6,
+    }
+    together = evaluate(
+        LoraEnsembleLM(adapters=str(adapters), device="cpu"), ["plain_a"], task_folder, **asked
+    )
+    for m, adapter in enumerate(sorted(adapters.iterdir())):
+        alone = evaluate(
+            HFLM(pretrained=str(base), peft=str(adapter), device="cpu"), ["plain_a"], task_folder, **asked
+        )
+        for mine, theirs in zip(together["samples"]["plain_a"], alone["samples"]["plain_a"], strict=True):
+            prompt = mine["arguments"][0][0]
+            assert prompt == theirs["arguments"][0][0]
+            assert prompt.startswith("system : answer as a member of an ensemble ; user : ")
+            assert prompt.count("assistant :") == 3
+            expected = [float(response[0][0]) for response in theirs["resps"]]
+            np.testing.assert_allclose(mine["members"][m], expected, atol=1e-4)

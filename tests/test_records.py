@@ -97,6 +97,26 @@ def test_documents_of_several_ranks_are_put_in_order(tmp_path, scores):
     assert load_samples(path).tasks["t"].gold.tolist() == [0, 1, 2, 3, 0, 1]
 
 
+@pytest.mark.parametrize(
+    ("folder", "read"),
+    [
+        (".__model", True),
+        (".unfinished/model", False),
+        (".finished/model", False),
+        (".in_progress/epoch_01", False),
+    ],
+)
+def test_folders_of_killed_runs_are_not_read_and_those_of_relative_models_are(tmp_path, scores, folder, read):
+    """lm-eval calls the folder of ``pretrained=./model`` ``.__model``."""
+    (tmp_path / folder).mkdir(parents=True)
+    write(tmp_path / folder, "t", [sample(d, s, 0) for d, s in enumerate(scores)])
+    if read:
+        assert set(load_samples(tmp_path).tasks) == {"t"}
+    else:
+        with pytest.raises(EnsembleError, match="has no samples"):
+            load_samples(tmp_path)
+
+
 def test_ragged_documents_are_padded(tmp_path, scores):
     lines = [sample(d, s[:, : 3 + d % 2], 2) for d, s in enumerate(scores)]
     predictions = load_samples(write(tmp_path, "t", lines)).tasks["t"]

@@ -48,6 +48,27 @@ def names(folder: Path) -> list[str]:
     )
 
 
+@pytest.mark.parametrize(
+    ("adapters", "folder"),
+    [
+        ("./my/ensemble", "my__ensemble"),
+        ("org/a;org/b", "org__a;org__b"),
+        (["a", "b"], "a;b"),
+        (None, "ensemble"),
+        ("x" * 300, f"{'x' * 111}_01234567"),
+    ],
+)
+def test_the_folder_has_the_adapters_name(tmp_path, adapters, folder):
+    arguments = {"pretrained": "base", **({"adapters": adapters} if adapters else {})}
+    config = {"lora_ensemble": {"fingerprint": "0123456789"}, "model_args": arguments}
+    save(tmp_path / "out", {**RESULTS, "config": config})
+    assert names(tmp_path / "out") == [
+        *(".saving.lock", f"{folder}/results", f"{folder}/samples_one", f"{folder}/samples_two")
+    ]
+    (file,) = tmp_path.rglob("results_*.json")
+    assert json.loads(file.read_text())["model_name_sanitized"] == folder
+
+
 def test_files_are_lm_evals_own(tmp_path):
     save(tmp_path / "ours")
     save(tmp_path / "theirs", {**RESULTS, "config": {}})

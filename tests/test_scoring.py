@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from conftest import random_adapters, tiny_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lm_eval.models.huggingface import HFLM
 
 from lm_eval_lora_ensemble.backend import LoraEnsembleLM
 from lm_eval_lora_ensemble.scoring import plan as planning
@@ -255,6 +257,32 @@ def test_a_model_that_packed_rows_would_get_wrong_is_found_out(llama, ensemble, 
     np.testing.assert_allclose(
         [v.members for v, _ in found], [expected[i].loglikelihoods for i in range(8)], atol=1e-4
     )
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+def test_bfloat16_is_no_further_from_float32_than_hf_is(architecture, request, tmp_path):
+    """Two exact methods round differently; what can be asked is that neither is worse."""
+    base = request.getfixturevalue(architecture)
+    adapters = random_adapters(base, tmp_path / "members", 3)
+    requests = [
+        (None, [*r.tokens[: len(r.tokens) + 1 - len(r.targets)]], [*r.targets]) for r in few_shot_requests(20)
+    ]
+
+    def ours(dtype: str) -> np.ndarray:
+        model = LoraEnsembleLM(adapters=str(adapters), device="cpu", dtype=dtype)
+        found = model._loglikelihood_tokens(requests, disable_tqdm=True)
+        assert model.work.n_computed
+        return np.array([value.members for value, _ in found]).T
+
+    def theirs(adapter: Path) -> list[float]:
+        model = HFLM(pretrained=str(base), peft=str(adapter), device="cpu", dtype="bfloat16", batch_size=8)
+        return [value for value, _ in model._loglikelihood_tokens(requests, disable_tqdm=True)]
+
+    exact = ours("float32")
+    errors = ours("bfloat16") - exact
+    errors_of_hf = np.array([theirs(adapter) for adapter in sorted(adapters.iterdir())]) - exact
+    assert 0 < np.sqrt(np.mean(errors**2)) < 1.1 * np.sqrt(np.mean(errors_of_hf**2))
+    assert abs(errors.mean()) < 1.1 * np.sqrt(np.mean(errors_of_hf**2))
 
 
 def test_plan_constants_only_steer(model, monkeypatch):

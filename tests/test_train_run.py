@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 import torch
 from filelock import FileLock
 from peft import PeftModel
-from train_fixtures import make_recipe, make_task, one_thread, quick_tasks  # noqa: F401
+from train_fixtures import make_recipe, make_task, one_thread, quick, quick_tasks  # noqa: F401
 from transformers import AutoModelForCausalLM
 
 from lm_eval_lora_ensemble import cli
@@ -43,16 +45,6 @@ def trained(folder):
 
 
 SETTING = {"epochs": 3, "dropout": 0.1, "lora_l2": 0.01, "checkpoint_steps": 2}
-
-
-def quick(patch):
-    from lm_eval.tasks import TaskManager
-
-    from lm_eval_lora_ensemble.train import examples
-
-    patch.setattr(
-        examples, "_task_manager", lambda path: TaskManager(include_path=path, include_defaults=False)
-    )
 
 
 def contents(path: Path) -> dict[str, str]:
@@ -369,12 +361,35 @@ import sys
 sys.path.insert(0, {tests!r})
 import pytest, torch
 torch.set_num_threads(1)
-from test_train_run import quick
+from train_fixtures import quick
 quick(pytest.MonkeyPatch())
 sys.argv[0] = {script!r}
 import runpy
 runpy.run_path({script!r}, run_name="__main__")
 """
+
+
+def test_ctrl_c_says_in_one_line_what_is_kept(folder, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    endless = {**SETTING, "epochs": 1000}
+    recipe.write_text(make_recipe(folder, output=str(tmp_path / "e"), **endless).as_yaml())
+    tests = Path(__file__).parent
+    launcher = tmp_path / "launch.py"
+    launcher.write_text(RUN.format(tests=str(tests), script=str(tests.parent / "train" / "train_members.py")))
+    command = [sys.executable, str(launcher), str(recipe)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as child:
+        deadline = time.monotonic() + 200
+        first = tmp_path / "e" / "member_00" / "epoch_01"
+        while not first.is_dir() and time.monotonic() < deadline and child.poll() is None:
+            time.sleep(0.05)
+        child.send_signal(signal.SIGINT)
+        _, said = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert said.rstrip().splitlines()[-1] == (
+        f"lora-ensemble: stopped; finished epochs and the last checkpoint are kept in {tmp_path / 'e'}; "
+        "the same command goes on from there"
+    )
+    assert "Traceback" not in said
 
 
 def test_two_processes_share_the_members_and_make_the_same_folder(folder, tmp_path, trained):

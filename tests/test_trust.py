@@ -125,6 +125,21 @@ def test_the_same_member_twice_is_said_once(copied, caplog):
     assert model.n_members == 3
 
 
+@pytest.mark.parametrize(
+    ("dtype", "fast", "warned"),
+    [("bfloat16", False, True), ("bfloat16", True, False), ("float32", False, False)],
+)
+def test_emulated_bfloat16_is_warned_of(ensemble, caplog, monkeypatch, dtype, fast, warned):
+    monkeypatch.setattr("lm_eval_lora_ensemble.backend.has_fast_bfloat16", lambda device: fast)
+    lora(ensemble, dtype=dtype)
+    said = [r.message for r in caplog.records if "bfloat16" in r.message]
+    assert (
+        said
+        == ["cpu emulates bfloat16, many times slower than float32; add dtype=float32 to --model_args"]
+        * warned
+    )
+
+
 def test_the_same_tokenizer_beside_an_adapter_is_fine(copied, llama):
     transformers.AutoTokenizer.from_pretrained(llama).save_pretrained(copied / "member_01")
     assert lora(copied).n_members == 3

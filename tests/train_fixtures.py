@@ -25,14 +25,18 @@ from lm_eval_lora_ensemble.train.recipe import Recipe
 from lm_eval_lora_ensemble.train.trainer import Trainer
 
 
-@pytest.fixture(autouse=True)
-def quick_tasks(monkeypatch):
+def quick(patch: pytest.MonkeyPatch) -> None:
     """Leave lm-eval's thousands of own tasks out of the index, which takes seconds to build."""
     from lm_eval.tasks import TaskManager
 
-    monkeypatch.setattr(
+    patch.setattr(
         examples, "_task_manager", lambda path: TaskManager(include_path=path, include_defaults=False)
     )
+
+
+@pytest.fixture(autouse=True)
+def quick_tasks(monkeypatch):
+    quick(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

@@ -16,9 +16,8 @@ from lm_eval_lora_ensemble.backend import LoraEnsembleLM
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.members import Ensemble
 from lm_eval_lora_ensemble.plugin import MODEL_NAME
+from lm_eval_lora_ensemble.records import IN_PROGRESS
 from lm_eval_lora_ensemble.sweep.plan import DEVICE, SweepPlan
-
-SCRATCH = ".in_progress"
 
 
 def sweep(
@@ -60,7 +59,7 @@ def sweep(
             model = LoraEnsembleLM(adapters=plan.adapters, members=plan.members, epoch=epoch, **options)
         else:
             model.change_members(found)
-        scratch = output / SCRATCH / _place(output, epoch).name
+        scratch = output / IN_PROGRESS / _place(output, epoch).name
         results = _evaluate(model, plan, epoch, manager, scratch)
         if model.rank == 0:
             results.replace(_place(output, epoch))
@@ -68,7 +67,7 @@ def sweep(
         yield epoch, _place(output, epoch)
     if model is not None and model.rank == 0:
         with contextlib.suppress(OSError):  # an earlier sweep's epoch may wait there
-            (output / SCRATCH).rmdir()
+            (output / IN_PROGRESS).rmdir()
 
 
 def _place(output: Path, epoch: int) -> Path:
