@@ -102,16 +102,8 @@ def test_two_processes_sweep_as_one_does(trained, tasks, tmp_path):
     """``accelerate launch``: both score, the first one writes, and neither removes what the other still needs."""
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    words = [
-        "-m",
-        "lm_eval_lora_ensemble.cli",
-        "sweep",
-        str(trained),
-        "--tasks",
-        "plain_a",
-        "--ood",
-        "plain_b",
-    ]
+    words = ["-m", "lm_eval_lora_ensemble.cli", "sweep", str(trained), "--epochs", "1,2"]
+    words += ["--tasks", "plain_a", "--ood", "plain_b"]
     done = subprocess.run(
         [sys.executable, *launch, *words, "--include_path", str(tasks), "--output", str(tmp_path / "two")],
         capture_output=True,
