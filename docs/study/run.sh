@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The study of docs/study.md, from base model to report: about an hour on two cores without bfloat16 units.
+# The study of docs/study.md, from base model to report; that page says what it took on which machine.
 #   docs/study/run.sh OUTPUT_FOLDER
 # It can be stopped at any time; the same command goes on where it was.
 set -euo pipefail
