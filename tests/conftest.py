@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,10 @@ import transformers
 # how long an example takes says how busy the machine is, not whether the code is right
 hypothesis.settings.register_profile("no-deadline", deadline=None)
 hypothesis.settings.load_profile("no-deadline")
+
+# a shell lets what it starts in the background ignore Ctrl-C, and the children whose answer is tested would too
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PROJECT = Path(__file__).resolve().parents[1]
 HUB = PROJECT.parent / "shared" / "hub"
