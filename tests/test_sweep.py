@@ -168,6 +168,12 @@ def test_ctrl_c_says_that_the_same_command_goes_on_and_it_does(trained, tmp_path
 def test_what_cannot_be_swept_is_named(trained, tasks, tmp_path, capsys, extra, message):
     assert sweep(trained, tasks, tmp_path / "out", *extra) == 2
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()  # or the corrected command would be refused as another sweep
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path, tasks, capsys):
+    assert sweep(tmp_path / "nowhere", tasks, tmp_path / "out") == 2
+    assert "no ensemble folder" in capsys.readouterr().err
 
 
 def test_epochs_are_read():

@@ -53,7 +53,6 @@ def run(arguments: argparse.Namespace) -> int:
         model_args=_model_args(arguments.model_args),
     )
     ensembles = plan.ensembles(arguments.epochs)
-    plan.claim(arguments.output, ensembles)
 
     # the plugin must be known to lm-eval before its task manager is made
     from lm_eval_lora_ensemble._autoload import install

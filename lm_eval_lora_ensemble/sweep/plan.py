@@ -110,9 +110,11 @@ def kept_epochs(folder: Path) -> list[int]:
     """Return the prior's 0 and the epochs that every member of an ensemble folder kept.
 
     Raises:
-        EnsembleError: the folder has no manifest to tell.
+        EnsembleError: there is no such folder, or it has no manifest to tell.
     """
     place = folder.expanduser()
+    if not place.is_dir():
+        raise EnsembleError(f"no ensemble folder {place} here ({Path.cwd()}); check the path")
     if not (place / manifest.FILE_NAME).is_file():
         raise EnsembleError(f"{place} has no {manifest.FILE_NAME}; say which epochs with --epochs 0..E")
     kept = [set(entry.epochs) for entry in manifest.Manifest.read(place).members]

@@ -38,20 +38,21 @@ def sweep(
     Args:
         plan: what to evaluate.
         ensembles: members of every epoch, from :meth:`.SweepPlan.ensembles`.
-        output: the sweep's folder, made or checked by :meth:`.SweepPlan.claim`.
+        output: the sweep's folder; made if there is none, but only once everything else is known to be right.
         device: as lm-eval's.
         batch_size: as lm-eval's.
         include_path: a folder of further tasks.
 
     Raises:
-        EnsembleError: an unknown task.
+        EnsembleError: an unknown task, or ``output`` is not this sweep's (:meth:`.SweepPlan.claim`).
     """
+    manager = TaskManager(include_path=include_path)
+    _check_names(manager, plan.tasks)
+    plan.claim(output, ensembles)
     missing = {epoch: found for epoch, found in ensembles.items() if not _place(output, epoch).is_dir()}
     yield from ((epoch, _place(output, epoch)) for epoch in ensembles if epoch not in missing)
     if not missing:
         return
-    manager = TaskManager(include_path=include_path)
-    _check_names(manager, plan.tasks)
     model: LoraEnsembleLM | None = None
     for epoch, found in missing.items():
         if model is None:
