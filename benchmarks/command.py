@@ -24,8 +24,8 @@ from pathlib import Path
 from scoring import random_adapters
 from transformers import AutoConfig
 
+from lm_eval_lora_ensemble.ensemble.base_model import resolve
 from lm_eval_lora_ensemble.precision import fast_dtype
-from lm_eval_lora_ensemble.quickstart.base_model import resolve
 
 
 def arguments() -> argparse.Namespace:

@@ -39,9 +39,9 @@ from safetensors.torch import save_file
 from shapes import SHAPES
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lm_eval_lora_ensemble.backend import LoraEnsembleLM
+from lm_eval_lora_ensemble.ensemble.base_model import resolve
+from lm_eval_lora_ensemble.harness.model import LoraEnsembleLM
 from lm_eval_lora_ensemble.precision import fast_dtype
-from lm_eval_lora_ensemble.quickstart.base_model import resolve
 
 # (shared prefix, context, choices, tokens a choice, documents): like MMLU 5-shot and ARC-Challenge 25-shot
 SYNTHETIC = {"mmlu": (520, 110, 4, 1, 256), "arc": (0, 1050, 4, 6, 48), "hellaswag": (0, 60, 4, 30, 128)}

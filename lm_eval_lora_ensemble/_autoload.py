@@ -22,7 +22,7 @@ _AFTER = {"lm_eval.models": "register_model", "lm_eval.tasks.manager": "add_task
 def _introduce(name: str) -> None:
     """Call the plugin's function for lm-eval module ``name``; a broken plugin must leave lm-eval usable."""
     try:
-        from lm_eval_lora_ensemble import plugin
+        from lm_eval_lora_ensemble.harness import plugin
 
         getattr(plugin, _AFTER[name])()
     except Exception as error:  # noqa: BLE001 - whatever is wrong with us, the host's import goes on

@@ -21,22 +21,25 @@ VERBS: dict[str, tuple[str, str]] = {
     ),
     "train": ("lm_eval_lora_ensemble.train.command", "train the members of an ensemble from a recipe"),
     "check": (
-        "lm_eval_lora_ensemble.check",
+        "lm_eval_lora_ensemble.ensemble.check",
         "verify that every member of an ensemble is what it claims to be",
     ),
     "sweep": (
         "lm_eval_lora_ensemble.sweep.command",
         "evaluate every epoch of an ensemble, the prior included",
     ),
-    "uncertainty": (
-        "lm_eval_lora_ensemble.uncertainty.command",
-        "compute the uncertainty battery from lm-eval's samples",
+    "analyse": (
+        "lm_eval_lora_ensemble.analysis.command",
+        "compute every metric, with intervals, from lm-eval's saved samples",
     ),
     "report": (
         "lm_eval_lora_ensemble.report.command",
         "write a page, tables and figures from lm-eval's results folders",
     ),
 }
+
+ALIASES = {"uncertainty": "analyse"}
+"""Verbs of 0.1 under the names they have now; they go with the release after this one."""
 
 
 def _parser(verb: str | None) -> argparse.ArgumentParser:
@@ -57,6 +60,7 @@ def _parser(verb: str | None) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit status: 0, or 2 after one line that says what is wrong."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    argv[:1] = [ALIASES.get(word, word) for word in argv[:1]]
     verb = next((word for word in argv if word in VERBS), None)
     arguments = _parser(verb).parse_args(argv)
     try:

@@ -37,7 +37,8 @@ from lm_eval.api.model import CacheHook, hash_args  # noqa: E402
 from lm_eval.loggers import EvaluationTracker  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from lm_eval_lora_ensemble import backend, plugin  # noqa: E402
+from lm_eval_lora_ensemble.harness import model as backend  # noqa: E402
+from lm_eval_lora_ensemble.harness import plugin  # noqa: E402
 from lm_eval_lora_ensemble.scoring.packed import PackedScorer  # noqa: E402
 
 # phase: what reports it, how many reports a run may have, seconds until the kill

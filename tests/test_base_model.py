@@ -14,8 +14,8 @@ import torch
 import transformers
 from safetensors import safe_open
 
+from lm_eval_lora_ensemble.ensemble import base_model
 from lm_eval_lora_ensemble.errors import EnsembleError
-from lm_eval_lora_ensemble.quickstart import base_model
 
 # What stands for the conversion wherever its result does not matter: it takes half a minute.
 STAND_IN = """
@@ -62,7 +62,7 @@ def in_child(wheel, cache, before_convert):
     code = textwrap.dedent(STAND_IN) + textwrap.dedent(
         f"""
         import os, pathlib, signal, time
-        from lm_eval_lora_ensemble.quickstart import base_model
+        from lm_eval_lora_ensemble.ensemble import base_model
         def slow_convert(gguf_file, folder):
             convert(gguf_file, folder)
             {before_convert}

@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lm_eval_lora_ensemble.cli import main
-from lm_eval_lora_ensemble.manifest import Manifest, MemberEntry, checksums
+from lm_eval_lora_ensemble.disk import checksums
+from lm_eval_lora_ensemble.ensemble.manifest import Manifest, MemberEntry
 
 
 @pytest.fixture

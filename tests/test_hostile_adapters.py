@@ -37,12 +37,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from safetensors.torch import load_file, save_file
 
-from lm_eval_lora_ensemble.adapters.config import _RULES
-from lm_eval_lora_ensemble.adapters.folder import check_adapter
-from lm_eval_lora_ensemble.backend import LoraEnsembleLM
 from lm_eval_lora_ensemble.cli import main
+from lm_eval_lora_ensemble.ensemble.adapters.config import _RULES
+from lm_eval_lora_ensemble.ensemble.adapters.folder import check_adapter
+from lm_eval_lora_ensemble.ensemble.members import find_ensemble
 from lm_eval_lora_ensemble.errors import EnsembleError, one_line
-from lm_eval_lora_ensemble.members import find_ensemble
+from lm_eval_lora_ensemble.harness.model import LoraEnsembleLM
 
 pytestmark = pytest.mark.timeout(120)
 

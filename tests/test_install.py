@@ -256,7 +256,7 @@ def test_a_broken_plugin_leaves_python_and_lm_eval_usable(wheel: Path, tmp_path:
     environment = fresh(tmp_path / "venv")
     environment.pip("install", "--no-deps", "--no-index", "--ignore-installed", str(wheel))
     package = environment.site_packages / "lm_eval_lora_ensemble"
-    (package / "plugin.py").write_text("this is not Python\n")
+    (package / "harness" / "plugin.py").write_text("this is not Python\n")
     broken = environment.run("-c", REGISTERED)
     assert "hf" in broken.stdout and "lm-eval-lora-ensemble could not load" in broken.stderr
     (package / "_autoload.py").write_text("raise RuntimeError('broken')\n")

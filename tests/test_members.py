@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from lm_eval_lora_ensemble.ensemble.manifest import Manifest, MemberEntry
+from lm_eval_lora_ensemble.ensemble.members import find_ensemble
 from lm_eval_lora_ensemble.errors import EnsembleError
-from lm_eval_lora_ensemble.manifest import Manifest, MemberEntry
-from lm_eval_lora_ensemble.members import find_ensemble
 
 
 @pytest.fixture

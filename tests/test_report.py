@@ -18,13 +18,13 @@ import pytest
 from report_fixtures import write_run
 
 from lm_eval_lora_ensemble import cli
-from lm_eval_lora_ensemble.records import load_runs, merge_runs
+from lm_eval_lora_ensemble.analysis.result import Settings
+from lm_eval_lora_ensemble.analysis.runs import load_runs, merge_runs
 from lm_eval_lora_ensemble.report.build import Options, make_report
 from lm_eval_lora_ensemble.report.entries import make_entries
 from lm_eval_lora_ensemble.report.leaderboard import COLUMNS, resamples_for
 from lm_eval_lora_ensemble.report.markdown import escape
 from lm_eval_lora_ensemble.report.series import compare_series, make_series
-from lm_eval_lora_ensemble.uncertainty.result import Settings
 
 REAL = Path(__file__).parent / "data" / "smollm2_arc_easy"
 FEW = ["--resamples", "50"]

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from lm_eval.loggers import EvaluationTracker
 
-from lm_eval_lora_ensemble import saving
+from lm_eval_lora_ensemble.disk import FINISHED, UNFINISHED
 from lm_eval_lora_ensemble.errors import EnsembleError
+from lm_eval_lora_ensemble.harness import saving
 
 ROW = {
     "doc_id": 0,
@@ -107,7 +108,7 @@ def test_a_full_disk_leaves_nothing_and_is_an_error(tmp_path):
 
 
 def test_what_a_killed_run_left_is_put_right(tmp_path):
-    for folder, file in ((saving.UNFINISHED, "results_half.json"), (saving.FINISHED, "results_whole.json")):
+    for folder, file in ((UNFINISHED, "results_half.json"), (FINISHED, "results_whole.json")):
         (tmp_path / folder / "model").mkdir(parents=True)
         (tmp_path / folder / "model" / file).write_text("{}")
     save(tmp_path)

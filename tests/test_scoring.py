@@ -13,14 +13,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lm_eval.models.huggingface import HFLM
 
-from lm_eval_lora_ensemble.backend import LoraEnsembleLM
+from lm_eval_lora_ensemble.harness.model import LoraEnsembleLM
 from lm_eval_lora_ensemble.scoring import plan as planning
 from lm_eval_lora_ensemble.scoring.packed import PackedScorer
 from lm_eval_lora_ensemble.scoring.plain import score_plain
 from lm_eval_lora_ensemble.scoring.plan import make_plan
-from lm_eval_lora_ensemble.scoring.requests import TokenRequest, truncate
-from lm_eval_lora_ensemble.scoring.rows import lay_out
-from lm_eval_lora_ensemble.scoring.trie import PrefixTrie, common_prefix
+from lm_eval_lora_ensemble.tree.requests import TokenRequest, truncate
+from lm_eval_lora_ensemble.tree.rows import lay_out
+from lm_eval_lora_ensemble.tree.trie import PrefixTrie, common_prefix
 
 SMALL_TREES = {"max_tree_tokens": 12, "min_stem_tokens": 3}
 

@@ -15,7 +15,7 @@ import pytest
 from conftest import n_stored, random_adapters
 from harness_tasks import write_tasks
 
-from lm_eval_lora_ensemble.backend import LoraEnsembleLM
+from lm_eval_lora_ensemble.harness.model import LoraEnsembleLM
 
 HARNESS = Path(__file__).with_name("scoring_kill_harness.py")
 

@@ -18,10 +18,11 @@ from harness_tasks import write_tasks
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from lm_eval_lora_ensemble import cli, manifest
-from lm_eval_lora_ensemble.backend import LoraEnsembleLM
+from lm_eval_lora_ensemble import cli
+from lm_eval_lora_ensemble.analysis.runs import load_runs
+from lm_eval_lora_ensemble.ensemble import manifest
 from lm_eval_lora_ensemble.errors import EnsembleError
-from lm_eval_lora_ensemble.records import load_runs
+from lm_eval_lora_ensemble.harness.model import LoraEnsembleLM
 from lm_eval_lora_ensemble.sweep.plan import parse_epochs
 
 
@@ -182,7 +183,7 @@ def test_epochs_are_read():
 
 
 def test_another_base_model_is_refused(trained, mistral, tmp_path):
-    from lm_eval_lora_ensemble.members import find_ensemble
+    from lm_eval_lora_ensemble.ensemble.members import find_ensemble
 
     model = LoraEnsembleLM(adapters=str(trained), epoch=0, device="cpu")
     other = find_ensemble(random_adapters(mistral, tmp_path / "other", 1))

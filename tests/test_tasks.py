@@ -16,9 +16,9 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from lm_eval_lora_ensemble import paper_data
-from lm_eval_lora_ensemble.harness import UncertaintyTask
-from lm_eval_lora_ensemble.locations import tasks_folder
+from lm_eval_lora_ensemble.disk import tasks_folder
+from lm_eval_lora_ensemble.harness.tasks import UncertaintyTask
+from lm_eval_lora_ensemble.tasks.paper import paper_data
 
 STOCK_TASKS = Path(lm_eval.tasks.__file__).parent
 STOCK_YAML = {

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lm_eval_lora_ensemble.disk import recipes_folder
 from lm_eval_lora_ensemble.errors import EnsembleError, one_line
-from lm_eval_lora_ensemble.locations import recipes_folder
 from lm_eval_lora_ensemble.train import knobs
 from lm_eval_lora_ensemble.train.recipe import OPERATIONAL, Recipe
 

@@ -17,11 +17,11 @@ from peft import PeftModel
 from train_fixtures import make_recipe, make_task, one_thread, quick, quick_tasks  # noqa: F401
 from transformers import AutoModelForCausalLM
 
-from lm_eval_lora_ensemble import cli
+from lm_eval_lora_ensemble import cli, disk
 from lm_eval_lora_ensemble.cli import main
+from lm_eval_lora_ensemble.disk import sha256
+from lm_eval_lora_ensemble.ensemble.manifest import Manifest
 from lm_eval_lora_ensemble.errors import EnsembleError
-from lm_eval_lora_ensemble.manifest import Manifest, sha256
-from lm_eval_lora_ensemble.train import files
 from lm_eval_lora_ensemble.train.completion import complete
 from lm_eval_lora_ensemble.train.joint import JointEngine
 from lm_eval_lora_ensemble.train.plain import PlainEngine
@@ -227,7 +227,7 @@ def test_a_second_process_is_refused(folder, tmp_path):
 
 def test_a_full_disk_leaves_the_last_checkpoint_intact(folder, tmp_path, monkeypatch, trained):
     recipe = make_recipe(folder, output=str(tmp_path / "e"), **SETTING)
-    real, count = files.flush, []
+    real, count = disk.flush, []
 
     def flush(path):
         count.append(path)
@@ -235,7 +235,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_intact(folder, tmp_path, monkeyp
             raise OSError(28, "No space left on device")
         real(path)
 
-    monkeypatch.setattr(files, "flush", flush)
+    monkeypatch.setattr(disk, "flush", flush)
     with pytest.raises(EnsembleError, match=r"cannot write in .*: No space left on device; make room"):
         train_members(recipe)
     monkeypatch.undo()

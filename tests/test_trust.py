@@ -20,7 +20,7 @@ from lm_eval.tasks import TaskManager
 from test_backend import PAIRS, instances, lora
 
 from lm_eval_lora_ensemble.errors import EnsembleError
-from lm_eval_lora_ensemble.finite import NonFiniteScoreError
+from lm_eval_lora_ensemble.scoring.finite import NonFiniteScoreError
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -47,7 +47,7 @@ def test_a_score_that_is_no_number_names_member_task_and_document(
 ):
     model = lora(ensemble)
     if path == "plain":
-        monkeypatch.setattr("lm_eval_lora_ensemble.backend.why_not", lambda *_: "a test asks for it")
+        monkeypatch.setattr("lm_eval_lora_ensemble.harness.model.why_not", lambda *_: "a test asks for it")
     poison(model, 1, value)
     tasks = TaskManager(include_path=str(write_tasks(tmp_path)), include_defaults=False)
     with pytest.raises(
@@ -130,7 +130,7 @@ def test_the_same_member_twice_is_said_once(copied, caplog):
     [("bfloat16", False, True), ("bfloat16", True, False), ("float32", False, False)],
 )
 def test_emulated_bfloat16_is_warned_of(ensemble, caplog, monkeypatch, dtype, fast, warned):
-    monkeypatch.setattr("lm_eval_lora_ensemble.backend.has_fast_bfloat16", lambda device: fast)
+    monkeypatch.setattr("lm_eval_lora_ensemble.harness.model.has_fast_bfloat16", lambda device: fast)
     lora(ensemble, dtype=dtype)
     said = [r.message for r in caplog.records if "bfloat16" in r.message]
     assert (

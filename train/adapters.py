@@ -83,7 +83,7 @@ def linear_names(model: Any) -> list[str]:
 
 def initial_folders(recipe: Recipe) -> list[Path]:
     """Return the adapter folder each member starts from, one a member; empty if they start afresh."""
-    from lm_eval_lora_ensemble.members import find_ensemble
+    from lm_eval_lora_ensemble.ensemble.members import find_ensemble
 
     if not recipe.initial_adapters:
         return []

@@ -47,7 +47,7 @@ class Base:
 
 def resolve_name(base_model: str) -> str:
     """Return the Hub id, or the absolute local folder, that ``base_model`` stands for."""
-    from lm_eval_lora_ensemble.quickstart.base_model import resolve
+    from lm_eval_lora_ensemble.ensemble.base_model import resolve
 
     name = resolve(base_model)
     return str(Path(name).resolve()) if Path(name).is_dir() else name

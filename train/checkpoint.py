@@ -23,8 +23,7 @@ from typing import Any
 
 import torch
 
-from lm_eval_lora_ensemble.manifest import checksums
-from lm_eval_lora_ensemble.train.files import write_folder
+from lm_eval_lora_ensemble.disk import checksums, write_folder
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 
-from lm_eval_lora_ensemble.manifest import FILE_NAME as MANIFEST
+from lm_eval_lora_ensemble.ensemble.manifest import FILE_NAME as MANIFEST
 from lm_eval_lora_ensemble.train.recipe import Recipe
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lm_eval_lora_ensemble.ensemble.manifest import FILE_NAME as MANIFEST
 from lm_eval_lora_ensemble.errors import EnsembleError
-from lm_eval_lora_ensemble.manifest import FILE_NAME as MANIFEST
 from lm_eval_lora_ensemble.train import recipe as recipes
 from lm_eval_lora_ensemble.train.folder import EnsembleFolder
 from lm_eval_lora_ensemble.train.recipe import Recipe

@@ -110,7 +110,7 @@ def _task_manager(include_path: str | None) -> Any:
     """Return a TaskManager that sees this package's tasks, whether or not the start-up file is active."""
     from lm_eval.tasks import TaskManager
 
-    from lm_eval_lora_ensemble.plugin import add_tasks_folder
+    from lm_eval_lora_ensemble.harness.plugin import add_tasks_folder
 
     add_tasks_folder()
     return TaskManager(include_path=include_path)

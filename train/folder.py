@@ -26,12 +26,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from lm_eval_lora_ensemble.disk import checksums, copy_file, write_folder, write_json, write_text, writing
+from lm_eval_lora_ensemble.ensemble.manifest import FILE_NAME as MANIFEST
+from lm_eval_lora_ensemble.ensemble.manifest import Manifest, MemberEntry
 from lm_eval_lora_ensemble.errors import EnsembleError, Interruption
-from lm_eval_lora_ensemble.manifest import FILE_NAME as MANIFEST
-from lm_eval_lora_ensemble.manifest import Manifest, MemberEntry, checksums, write_json
 from lm_eval_lora_ensemble.train import recipe as recipes
 from lm_eval_lora_ensemble.train.card import library_versions
-from lm_eval_lora_ensemble.train.files import copy_file, write_folder, write_text, writing
 from lm_eval_lora_ensemble.train.recipe import Recipe
 
 MEMBER = "member.json"

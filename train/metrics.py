@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from filelock import FileLock
 
-from lm_eval_lora_ensemble.train.files import writing
+from lm_eval_lora_ensemble.disk import writing
 
 if TYPE_CHECKING:
     from lm_eval_lora_ensemble.train.folder import EnsembleFolder

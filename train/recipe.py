@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
+from lm_eval_lora_ensemble.disk import recipes_folder
 from lm_eval_lora_ensemble.errors import EnsembleError
-from lm_eval_lora_ensemble.locations import recipes_folder
 from lm_eval_lora_ensemble.train import knobs
 
 FILE_NAME = "recipe.yaml"

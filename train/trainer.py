@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from lm_eval_lora_ensemble.disk import writing
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.train import adapters, base, examples
 from lm_eval_lora_ensemble.train.card import model_card
 from lm_eval_lora_ensemble.train.checkpoint import Checkpoints
 from lm_eval_lora_ensemble.train.engine import learning_rate
-from lm_eval_lora_ensemble.train.files import writing
 from lm_eval_lora_ensemble.train.joint import JointEngine
 from lm_eval_lora_ensemble.train.layout import Layout, use_tree_rows
 from lm_eval_lora_ensemble.train.metrics import assemble

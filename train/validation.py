@@ -50,7 +50,7 @@ class Validation:
         Args:
             lls: [D, C] loglikelihoods of one member.
         """
-        from lm_eval_lora_ensemble.uncertainty.choices import choice_probabilities
+        from lm_eval_lora_ensemble.metrics.choices import choice_probabilities
 
         return self._measures(lls, choice_probabilities(lls))
 
@@ -60,8 +60,8 @@ class Validation:
         Args:
             lls: [N, D, C] loglikelihoods of the members.
         """
-        from lm_eval_lora_ensemble.uncertainty.choices import choice_probabilities, ensemble_probabilities
-        from lm_eval_lora_ensemble.uncertainty.information import mutual_information, predictive_entropy
+        from lm_eval_lora_ensemble.metrics.choices import choice_probabilities, ensemble_probabilities
+        from lm_eval_lora_ensemble.metrics.information import mutual_information, predictive_entropy
 
         p = choice_probabilities(lls)
         mixture = np.logaddexp.reduce(lls, axis=0)
@@ -72,7 +72,7 @@ class Validation:
 
     def _measures(self, lls: FloatArray, p: FloatArray) -> dict[str, float]:
         """Return acc by argmax of the loglikelihoods (lm-eval's), nll and ece by the probabilities."""
-        from lm_eval_lora_ensemble.uncertainty.calibration import expected_calibration_error
+        from lm_eval_lora_ensemble.metrics.calibration import expected_calibration_error
 
         documents = np.arange(len(p))
         correct = self.is_gold[documents, p.argmax(-1)]

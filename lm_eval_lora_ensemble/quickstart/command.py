@@ -82,9 +82,9 @@ def _device() -> str:
 
 
 def _report(console: Console, results: Path, report: Path) -> Path:
-    from lm_eval_lora_ensemble.records import load_runs
+    from lm_eval_lora_ensemble.analysis.runs import load_runs
+    from lm_eval_lora_ensemble.quickstart.summary import summarise, to_rich
     from lm_eval_lora_ensemble.report.build import Options, make_report, write_report
-    from lm_eval_lora_ensemble.report.summary import summarise, to_rich
 
     # a results folder grows with every run; the newest is this one
     newest = max(load_runs(results), key=lambda run: run.date)

@@ -10,16 +10,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from lm_eval_lora_ensemble.analysis.evaluation import detect_all
+from lm_eval_lora_ensemble.analysis.result import Settings, plain
+from lm_eval_lora_ensemble.analysis.runs import Run
 from lm_eval_lora_ensemble.errors import EnsembleError, one_line
-from lm_eval_lora_ensemble.records import Run
+from lm_eval_lora_ensemble.metrics.detection import Detection
 from lm_eval_lora_ensemble.report import headline, markdown, page
 from lm_eval_lora_ensemble.report.documents import Document, pick_documents
 from lm_eval_lora_ensemble.report.entries import Entry, is_last_epoch, make_entries
 from lm_eval_lora_ensemble.report.leaderboard import Board, leaderboard
 from lm_eval_lora_ensemble.report.series import Between, Series, compare_series, make_series
-from lm_eval_lora_ensemble.uncertainty.detection import Detection
-from lm_eval_lora_ensemble.uncertainty.evaluate import detect_all
-from lm_eval_lora_ensemble.uncertainty.result import Settings, plain
 
 MARK = "report.json"
 """The file by which a folder is known to be a report, and may be replaced by a newer one."""
@@ -109,7 +109,7 @@ def make_report(
     """Compute everything the report shows.
 
     Args:
-        runs: from :func:`~lm_eval_lora_ensemble.records.load_runs`.
+        runs: from :func:`~lm_eval_lora_ensemble.analysis.runs.load_runs`.
         options: what to show.
         tell: is told what is being worked on.
 

@@ -6,9 +6,9 @@ import argparse
 import importlib.util
 from pathlib import Path
 
+from lm_eval_lora_ensemble.analysis.arguments import add_settings, settings_of
+from lm_eval_lora_ensemble.analysis.runs import load_runs, merge_runs
 from lm_eval_lora_ensemble.errors import EnsembleError
-from lm_eval_lora_ensemble.records import load_runs, merge_runs
-from lm_eval_lora_ensemble.uncertainty.arguments import add_settings, settings_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from lm_eval_lora_ensemble.analysis.samples import arguments_of, iter_samples
+from lm_eval_lora_ensemble.metrics.information import mutual_information, predictive_entropy
+from lm_eval_lora_ensemble.metrics.predictions import Predictions
 from lm_eval_lora_ensemble.report.entries import Entry
-from lm_eval_lora_ensemble.samples import arguments_of, iter_samples
-from lm_eval_lora_ensemble.uncertainty.information import mutual_information, predictive_entropy
-from lm_eval_lora_ensemble.uncertainty.predictions import Predictions
 
 REASONS = ("most uncertain", "confident and wrong", "members disagree")
 

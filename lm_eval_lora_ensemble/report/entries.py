@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lm_eval_lora_ensemble.analysis.runs import Run
 from lm_eval_lora_ensemble.errors import one_line
-from lm_eval_lora_ensemble.records import Run
 
 _LONGEST_LABEL = 80
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from lm_eval_lora_ensemble.metrics.detection import Detection
 from lm_eval_lora_ensemble.report.entries import Entry
 from lm_eval_lora_ensemble.report.leaderboard import Board, Cell, display
-from lm_eval_lora_ensemble.uncertainty.detection import Detection
 
 _MEASURES = {"accuracy": "accuracy", "nll": "nll", "ece": "ece"}
 _SCORES = {"entropy": "entropy", "mutual_information": "mutual information"}

@@ -12,14 +12,14 @@ from typing import Literal
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lm_eval_lora_ensemble.report import figures
+from lm_eval_lora_ensemble import figures
+from lm_eval_lora_ensemble.analysis.result import Settings
+from lm_eval_lora_ensemble.metrics.bootstrap import Estimate
+from lm_eval_lora_ensemble.metrics.detection import Detection
+from lm_eval_lora_ensemble.metrics.ensemble_size import SizeRow, by_size
+from lm_eval_lora_ensemble.metrics.predictions import Predictions
 from lm_eval_lora_ensemble.report.entries import Entry, is_last_epoch
 from lm_eval_lora_ensemble.report.series import Between, EpochPoint, Series
-from lm_eval_lora_ensemble.uncertainty.detection import Detection
-from lm_eval_lora_ensemble.uncertainty.intervals import Estimate
-from lm_eval_lora_ensemble.uncertainty.predictions import Predictions
-from lm_eval_lora_ensemble.uncertainty.result import Settings
-from lm_eval_lora_ensemble.uncertainty.size import SizeRow, by_size
 
 _COLUMNS = 2
 _SIZE_METRICS = ("accuracy", "nll", "ece", "mutual_information")

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from lm_eval_lora_ensemble.analysis.evaluation import macro_mean
+from lm_eval_lora_ensemble.analysis.result import Settings
+from lm_eval_lora_ensemble.metrics.battery import METRICS, Battery
+from lm_eval_lora_ensemble.metrics.bootstrap import Bootstrapped, Estimate, Plan, bootstrap, mean_of
+from lm_eval_lora_ensemble.metrics.predictions import Predictions, same_documents
 from lm_eval_lora_ensemble.report.entries import Entry
-from lm_eval_lora_ensemble.uncertainty.battery import METRICS, Battery
-from lm_eval_lora_ensemble.uncertainty.evaluate import macro_mean
-from lm_eval_lora_ensemble.uncertainty.intervals import Bootstrapped, Estimate, Plan, bootstrap, mean_of
-from lm_eval_lora_ensemble.uncertainty.predictions import Predictions, same_documents
-from lm_eval_lora_ensemble.uncertainty.result import Settings
 
 COLUMNS: dict[str, str] = {
     "accuracy": "acc",

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lm_eval_lora_ensemble.report.entries import Entry, short_name
-from lm_eval_lora_ensemble.report.leaderboard import report_plan
-from lm_eval_lora_ensemble.uncertainty.battery import Battery
-from lm_eval_lora_ensemble.uncertainty.comparison import distance_statistics
-from lm_eval_lora_ensemble.uncertainty.intervals import (
+from lm_eval_lora_ensemble.analysis.comparison import distance_statistics
+from lm_eval_lora_ensemble.analysis.result import Settings
+from lm_eval_lora_ensemble.metrics.battery import Battery
+from lm_eval_lora_ensemble.metrics.bootstrap import (
     Bootstrapped,
     Estimate,
     Plan,
@@ -17,9 +16,10 @@ from lm_eval_lora_ensemble.uncertainty.intervals import (
     bootstrap,
     mean_of,
 )
-from lm_eval_lora_ensemble.uncertainty.predictions import Predictions, same_documents
-from lm_eval_lora_ensemble.uncertainty.result import Settings
-from lm_eval_lora_ensemble.uncertainty.retention import MEASURES, retention
+from lm_eval_lora_ensemble.metrics.predictions import Predictions, same_documents
+from lm_eval_lora_ensemble.metrics.retention import MEASURES, retention
+from lm_eval_lora_ensemble.report.entries import Entry, short_name
+from lm_eval_lora_ensemble.report.leaderboard import report_plan
 
 METRICS_BY_EPOCH = ("accuracy", "nll", "ece", "predictive_entropy", "mutual_information")
 

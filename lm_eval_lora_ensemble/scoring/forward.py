@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from transformers import DynamicCache
 
-from lm_eval_lora_ensemble.scoring.rows import PackedInput
+from lm_eval_lora_ensemble.tree.rows import PackedInput
 
 # logits held at a time, in elements: 128 MiB of float32
 _LOGITS_AT_ONCE = 1 << 25

@@ -16,9 +16,9 @@ import torch
 from lm_eval_lora_ensemble.scoring.forward import KeyValues, PackedModel
 from lm_eval_lora_ensemble.scoring.greedy import MixtureArgmax
 from lm_eval_lora_ensemble.scoring.plan import Row, Stem, make_plan
-from lm_eval_lora_ensemble.scoring.requests import Score, TokenRequest
-from lm_eval_lora_ensemble.scoring.rows import PackedInput, TreeRow, Wanted, lay_out, pack, wanted
-from lm_eval_lora_ensemble.scoring.trie import PrefixTrie
+from lm_eval_lora_ensemble.tree.requests import Score, TokenRequest
+from lm_eval_lora_ensemble.tree.rows import PackedInput, TreeRow, Wanted, lay_out, pack, wanted
+from lm_eval_lora_ensemble.tree.trie import PrefixTrie
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from lm_eval_lora_ensemble.scoring.greedy import MixtureArgmax
-from lm_eval_lora_ensemble.scoring.requests import Score, TokenRequest
+from lm_eval_lora_ensemble.tree.requests import Score, TokenRequest
 
 
 class Batch(NamedTuple):

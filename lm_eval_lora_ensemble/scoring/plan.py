@@ -22,7 +22,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from lm_eval_lora_ensemble.scoring.trie import PrefixTrie
+from lm_eval_lora_ensemble.tree.trie import PrefixTrie
 
 LINEAR = 3000
 MASKED = 8

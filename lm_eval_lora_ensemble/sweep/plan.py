@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lm_eval_lora_ensemble import manifest
+from lm_eval_lora_ensemble.disk import write_json
+from lm_eval_lora_ensemble.ensemble import manifest
+from lm_eval_lora_ensemble.ensemble.members import Ensemble, find_ensemble
 from lm_eval_lora_ensemble.errors import EnsembleError
-from lm_eval_lora_ensemble.members import Ensemble, find_ensemble
 
 FILE_NAME = "sweep.json"
 
@@ -84,7 +85,7 @@ class SweepPlan:
         elif output.is_dir() and any(not path.name.startswith(".") for path in output.iterdir()):
             raise EnsembleError(f"{output} holds other files; name a new or empty folder as --output")
         output.mkdir(parents=True, exist_ok=True)
-        manifest.write_json(file, {"settings": mine, "fingerprints": prints})
+        write_json(file, {"settings": mine, "fingerprints": prints})
 
 
 def parse_epochs(text: str) -> list[int]:

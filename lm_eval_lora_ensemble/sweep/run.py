@@ -12,11 +12,11 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 
-from lm_eval_lora_ensemble.backend import LoraEnsembleLM
+from lm_eval_lora_ensemble.disk import IN_PROGRESS
+from lm_eval_lora_ensemble.ensemble.members import Ensemble
 from lm_eval_lora_ensemble.errors import EnsembleError
-from lm_eval_lora_ensemble.members import Ensemble
-from lm_eval_lora_ensemble.plugin import MODEL_NAME
-from lm_eval_lora_ensemble.records import IN_PROGRESS
+from lm_eval_lora_ensemble.harness.model import LoraEnsembleLM
+from lm_eval_lora_ensemble.harness.plugin import MODEL_NAME
 from lm_eval_lora_ensemble.sweep.plan import DEVICE, SweepPlan
 
 

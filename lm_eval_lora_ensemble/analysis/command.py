@@ -1,0 +1,205 @@
+"""``lora-ensemble analyse``: the battery for saved runs, as a table and as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lm_eval_lora_ensemble.analysis.arguments import add_settings, settings_of
+from lm_eval_lora_ensemble.analysis.comparison import Comparison, compare_runs
+from lm_eval_lora_ensemble.analysis.evaluation import evaluate_uncertainty
+from lm_eval_lora_ensemble.analysis.result import TaskResult, UncertaintyResult, plain
+from lm_eval_lora_ensemble.analysis.runs import Run, load_runs, merge_runs
+from lm_eval_lora_ensemble.disk import write_json
+from lm_eval_lora_ensemble.errors import EnsembleError
+from lm_eval_lora_ensemble.metrics.battery import METRICS
+from lm_eval_lora_ensemble.metrics.bootstrap import Estimate
+
+_ARROWS = {"higher": "↑", "lower": "↓", "": ""}
+
+Row = tuple[str, ...]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument(
+        "results",
+        nargs="+",
+        type=Path,
+        metavar="RESULTS",
+        help="lm_eval's output folder, a results_*.json or a samples_*.jsonl; further ones of other models "
+        "are compared with the first, document by document",
+    )
+    parser.add_argument(
+        "--calibrate", metavar="TASK", help="fit temperatures on this task, apply to the others"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON")
+    add_settings(parser)
+    parser.add_argument(
+        "--alpha", type=float, default=0.1, help="error rate of conformal sets (default %(default)s)"
+    )
+    parser.add_argument("--all", action="store_true", help="print every task of a group, not the group only")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Evaluate, print, write.
+
+    Raises:
+        EnsembleError: samples that are missing or cannot be trusted, unknown task names, a JSON file whose
+            folder does not exist.
+    """
+    if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
+        raise EnsembleError(f"--json {arguments.json}: the folder does not exist; create it first")
+    settings = settings_of(arguments)
+    runs = merge_runs([run for place in arguments.results for run in load_runs(place)])
+    _check_names(runs, [*arguments.ood, *([arguments.calibrate] if arguments.calibrate else [])])
+    output: dict[str, Any] = {"runs": [], "comparisons": []}
+    for one in runs:
+        result = evaluate_uncertainty(
+            one, ood=arguments.ood, calibrate=arguments.calibrate, settings=settings
+        )
+        _print_result(result, one.names() if arguments.all else one.top_level())
+        output["runs"].append(result.to_dict())
+    for other in runs[1:]:
+        compared = compare_runs(other, runs[0], settings)
+        _print_comparison(other, runs[0], compared)
+        output["comparisons"].append(
+            {"run": other.source, "baseline": runs[0].source, "tasks": plain(compared)}
+        )
+    if arguments.json is not None:
+        write_json(arguments.json, output)
+        print(f"Written to {arguments.json}")
+    return 0
+
+
+def _check_names(runs: list[Run], names: Iterable[str]) -> None:
+    """Refuse a task that some run lacks; say so if the samples come from different models."""
+    for name in names:
+        have = [run for run in runs if name in run]
+        lacks = [run for run in runs if run not in have]
+        if have and lacks:
+            raise EnsembleError(
+                f"{name} is in {have[0].source} and not in {lacks[0].source}; samples of different models, "
+                "or of models that are unknown because results_*.json is missing, are not put together"
+            )
+
+
+def _print_result(result: UncertaintyResult, shown: list[str]) -> None:
+    print(
+        f"\n{result.source}: {result.members} member{'s' if result.members > 1 else ''}, "
+        f"{result.settings.bins} bins, {result.settings.resamples} resamples, seed {result.settings.seed}, "
+        f"{100 * result.settings.level:g} % intervals (BCa; * basic)"
+    )
+    for name in shown:
+        if name in result.tasks:
+            _print_task(name, result.tasks[name], ensemble=result.members > 1)
+    for inside, by_task in result.detection.items():
+        rows: list[Row] = [
+            (outside, score, _cell(d.auroc), _cell(d.aupr), _cell(d.fpr95))
+            for outside, by_score in by_task.items()
+            for score, d in by_score.items()
+        ]
+        _table(
+            f"Out-of-domain detection, in-domain {inside}",
+            ("out-of-domain", "score", "AUROC ↑", "AUPR ↑", "FPR95 ↓"),
+            rows,
+        )
+    for name, recalibrated in result.recalibration.items():
+        rows = [
+            (
+                r.order,
+                ", ".join(f"{t:.3g}" for t in r.temperatures) + (" (at limit)" if r.at_limit else ""),
+                *(_cell(r.metrics[m]) for m in ("nll", "brier_score", "ece")),
+                _cell(r.change["nll"]),
+            )
+            for r in recalibrated
+        ]
+        fitted = recalibrated[0].fitted_on
+        _table(
+            f"{name}, temperature fitted on {fitted}",
+            ("order", "T", "nll ↓", "brier ↓", "ece ↓", "nll, change"),
+            rows,
+        )
+    for name, reason in result.skipped.items():
+        print(f"left out: {name}: {reason}")
+
+
+def _print_task(name: str, task: TaskResult, *, ensemble: bool) -> None:
+    pooled = f", {len(task.tasks)} tasks pooled, resampled by task" if task.clustered else ""
+    title = f"{name}: {task.documents} documents{pooled}"
+    head = ["metric", "ensemble" if ensemble else "model"]
+    head += ["mean member", "ensemble − member"] if ensemble else []
+    head += ["macro over tasks"] if task.clustered else []
+    rows: list[Row] = []
+    for metric, m in task.metrics.items():
+        if math.isnan(m.ensemble.value):
+            continue
+        row = [f"{metric} {_ARROWS[METRICS[metric].direction]}".strip(), _cell(m.ensemble)]
+        row += [_number(m.member_mean.value), _cell(m.difference)] if ensemble else []
+        row += [_cell(m.macro)] if m.macro is not None else []
+        rows.append(tuple(row))
+    _table(title, tuple(head), rows)
+    sets: list[Row] = [
+        (c.method, _cell(c.coverage), _cell(c.mean_size), str(c.n_calibration), str(c.n_test))
+        for c in task.conformal
+    ]
+    if sets:
+        asked = f"{100 * (1 - task.conformal[0].alpha):g} %"
+        _table(
+            f"{name}: conformal sets for {asked}",
+            ("method", "coverage", "size ↓", "calibrated", "tested"),
+            sets,
+        )
+    if ensemble:
+        _table(
+            f"{name}: by ensemble size (mean over subsets)",
+            ("members", "subsets", "accuracy ↑", "nll ↓", "ece ↓", "mutual_information"),
+            [
+                (
+                    str(row.members),
+                    f"{row.subsets}{'' if row.exhaustive else ' sampled'}",
+                    *(_number(row.mean[m]) for m in ("accuracy", "nll", "ece", "mutual_information")),
+                )
+                for row in task.by_size
+            ],
+        )
+
+
+def _print_comparison(run: Run, baseline: Run, compared: dict[str, Comparison]) -> None:
+    for name, c in compared.items():
+        rows: list[Row] = [
+            (metric, _cell(e)) for metric, e in c.difference.items() if not math.isnan(e.value)
+        ]
+        rows += [
+            ("agreement of predictions", _cell(c.agreement)),
+            ("total variation", _cell(c.total_variation)),
+        ]
+        _table(
+            f"{name}: {run.source} minus {baseline.source}, {c.documents} documents, paired",
+            ("metric", "difference"),
+            rows,
+        )
+
+
+def _number(value: float) -> str:
+    # Adding 0 turns a −0 left by rounding into 0.
+    return "–" if math.isnan(value) else f"{round(value, 4) + 0.0:.4f}"
+
+
+def _cell(estimate: Estimate) -> str:
+    """Show a value with the interval to quote; a star marks one that is not BCa."""
+    low, high, kind = estimate.quoted
+    if math.isnan(low):
+        return _number(estimate.value)
+    return f"{_number(estimate.value)} [{_number(low)}, {_number(high)}]{'*' if kind == 'basic' else ''}"
+
+
+def _table(title: str, head: Row, rows: list[Row]) -> None:
+    """Print a plain table: columns as wide as needed, so that it can be piped and searched."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    print(f"\n{title}")
+    for row in [head, tuple("─" * w for w in widths), *rows]:
+        print("  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())

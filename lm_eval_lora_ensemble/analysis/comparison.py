@@ -1,0 +1,83 @@
+"""One run against another on the same documents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lm_eval_lora_ensemble.analysis.result import Settings
+from lm_eval_lora_ensemble.analysis.runs import Run
+from lm_eval_lora_ensemble.errors import EnsembleError
+from lm_eval_lora_ensemble.metrics import disagreement
+from lm_eval_lora_ensemble.metrics.arrays import FloatArray
+from lm_eval_lora_ensemble.metrics.battery import Battery
+from lm_eval_lora_ensemble.metrics.bootstrap import Estimate, Statistics, bootstrap
+from lm_eval_lora_ensemble.metrics.predictions import Predictions, check_same_documents
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Run A against run B on the same documents of one task.
+
+    Attributes:
+        documents: D.
+        difference: A minus B by metric, paired over the same resamples.
+        agreement: share of documents for which both predict the same choice.
+        total_variation: mean total variation distance of the two distributions, in [0, 1].
+    """
+
+    documents: int
+    difference: dict[str, Estimate]
+    agreement: Estimate
+    total_variation: Estimate
+
+
+def compare_runs(a: Run, b: Run, settings: Settings | None = None) -> dict[str, Comparison]:
+    """Compare two runs on the tasks and groups both have.
+
+    Raises:
+        EnsembleError: no task in common, or a task with other documents in one run than in the other.
+    """
+    chosen = settings or Settings()
+    names = [name for name in a.names() if name in b]
+    if not names:
+        raise EnsembleError(f"{a.source} and {b.source} have no task in common")
+    results = {}
+    for name in names:
+        first, second = a.predictions(name), b.predictions(name)
+        check_same_documents(first, second)
+        plan = chosen.plan(name, first)
+        difference = bootstrap(Battery(first, chosen.bins), plan).minus(
+            bootstrap(Battery(second, chosen.bins), plan)
+        )
+        between = bootstrap(distance_statistics(first, second), plan)
+        results[name] = Comparison(
+            documents=first.n_documents,
+            difference={n: difference.estimate(n) for n in difference.value},
+            agreement=between.estimate("agreement"),
+            total_variation=between.estimate("total_variation"),
+        )
+    return results
+
+
+def distance_statistics(a: Predictions, b: Predictions) -> Statistics:
+    """Return ``agreement`` and ``total_variation`` of two ensembles as a function of document weights.
+
+    Raises:
+        EnsembleError: other documents in one than in the other.
+    """
+    check_same_documents(a, b)
+    values = np.stack(
+        [
+            disagreement.agreement(a.mixture, b.mixture),
+            disagreement.total_variation(a.mixture, b.mixture),
+        ],
+        axis=1,
+    )
+
+    def means(weights: FloatArray) -> dict[str, FloatArray]:
+        same, distance = (weights @ values / weights.sum(axis=1, keepdims=True)).T
+        return {"agreement": same, "total_variation": distance}
+
+    return means

@@ -1,0 +1,258 @@
+"""From a run's samples to every metric with its interval: one call, one typed result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lm_eval_lora_ensemble.analysis.result import (
+    ConformalResult,
+    MetricResult,
+    RecalibrationResult,
+    Settings,
+    TaskResult,
+    UncertaintyResult,
+)
+from lm_eval_lora_ensemble.analysis.runs import Run
+from lm_eval_lora_ensemble.errors import EnsembleError
+from lm_eval_lora_ensemble.metrics import conformal
+from lm_eval_lora_ensemble.metrics.arrays import FloatArray
+from lm_eval_lora_ensemble.metrics.battery import METRICS, Battery
+from lm_eval_lora_ensemble.metrics.bootstrap import (
+    Bootstrapped,
+    Estimate,
+    Plan,
+    bootstrap,
+    interval,
+    mean_of,
+)
+from lm_eval_lora_ensemble.metrics.calibration import reliability_table
+from lm_eval_lora_ensemble.metrics.detection import Detection, detect
+from lm_eval_lora_ensemble.metrics.ensemble_size import by_size
+from lm_eval_lora_ensemble.metrics.predictions import Predictions
+from lm_eval_lora_ensemble.metrics.recalibration import ORDERS, TemperatureScaling, recalibrate
+from lm_eval_lora_ensemble.metrics.selection import risk_coverage
+
+_CURVE_POINTS = 101
+
+
+def evaluate_uncertainty(
+    run: Run,
+    *,
+    ood: Sequence[str] = (),
+    calibrate: str | None = None,
+    settings: Settings | None = None,
+) -> UncertaintyResult:
+    """Compute the whole battery for every task and group of a run.
+
+    Args:
+        run: from :func:`~lm_eval_lora_ensemble.analysis.runs.load_samples`.
+        ood: tasks or groups that are out-of-domain; every other top-level task is in-domain to them.
+        calibrate: the task or group to fit temperatures on; they are applied to every other top-level task.
+        settings: bins, resamples, seed, level, alpha.
+
+    Raises:
+        EnsembleError: a name that the run lacks, no in-domain task left, or unknown gold answers of a task
+            that is not out-of-domain only.
+    """
+    chosen = settings or Settings()
+    for name in (*ood, *([calibrate] if calibrate else [])):
+        run.leaves(name)  # raises before the work, not after
+    results: dict[str, TaskResult] = {}
+    drawn: dict[str, Bootstrapped] = {}
+    skipped = dict(run.skipped)
+    # Tasks before groups: a group's macro value is the mean of its tasks' resamples.
+    for name in (*run.tasks, *run.groups):
+        predictions = run.predictions(name)
+        if predictions.gold is None:
+            skipped[name] = f"gold answers unknown: {predictions.missing_gold}"
+            continue
+        results[name], drawn[name] = _evaluate_task(name, predictions, run.leaves(name), drawn, chosen)
+    if not results and not ood:
+        raise EnsembleError(f"{run.source}: no task has gold answers: {skipped}")
+
+    return UncertaintyResult(
+        source=run.source,
+        model={key: run.config[key] for key in ("model", "model_args", "lora_ensemble") if key in run.config},
+        members=run.n_members,
+        settings=chosen,
+        tasks={name: results[name] for name in run.names() if name in results},
+        detection=detect_all(run, ood, chosen),
+        recalibration=_recalibrate_all(run, calibrate, chosen) if calibrate else {},
+        skipped=skipped,
+    )
+
+
+def detect_all(
+    run: Run, ood: Sequence[str], settings: Settings
+) -> dict[str, dict[str, dict[str, Detection]]]:
+    """Tell each out-of-domain task from each other top-level one: by in-domain task, out-of-domain task, score.
+
+    Raises:
+        EnsembleError: a name that the run lacks, or no task besides the out-of-domain ones.
+    """
+    return {
+        inside: {
+            outside: detect(
+                run.predictions(inside),
+                run.predictions(outside),
+                resamples=settings.resamples,
+                seed=settings.seed,
+                level=settings.level,
+            )
+            for outside in ood
+        }
+        for inside in (_besides(run, ood) if ood else [])
+    }
+
+
+def _recalibrate_all(run: Run, fitted_on: str, settings: Settings) -> dict[str, list[RecalibrationResult]]:
+    """Apply temperatures fitted on one task to every other top-level one with gold answers."""
+    calibration = run.predictions(fitted_on)
+    tests = {name: run.predictions(name) for name in _besides(run, [fitted_on])}
+    return {
+        name: _recalibrate(name, test, fitted_on, calibration, settings)
+        for name, test in tests.items()
+        if test.gold is not None
+    }
+
+
+def _besides(run: Run, names: Sequence[str]) -> list[str]:
+    found = run.top_level(besides=names)
+    if not found:
+        raise EnsembleError(f"{run.source} has no task besides {', '.join(names)}")
+    return found
+
+
+def _evaluate_task(
+    name: str,
+    predictions: Predictions,
+    leaves: tuple[str, ...],
+    drawn: Mapping[str, Bootstrapped],
+    settings: Settings,
+) -> tuple[TaskResult, Bootstrapped]:
+    """Return a task's or group's result, and the ensemble's resamples for the groups above it."""
+    clustered = predictions.clusters is not None
+    plan = settings.plan(name, predictions)
+    ensemble = bootstrap(Battery(predictions, settings.bins), plan)
+    if predictions.n_members == 1:
+        members = [ensemble]
+    else:
+        members = [
+            bootstrap(Battery(predictions.only([m]), settings.bins), plan)
+            for m in range(predictions.n_members)
+        ]
+    average = mean_of(members)
+    difference = ensemble.minus(average)
+    parts = [drawn[leaf] for leaf in leaves] if clustered else []
+    metrics = {}
+    for metric in METRICS:
+        macro, count = macro_mean(metric, parts, settings.level) if parts else (None, 0)
+        metrics[metric] = MetricResult(
+            ensemble=ensemble.estimate(metric),
+            members=tuple(member.value[metric] for member in members),
+            member_mean=average.estimate(metric),
+            difference=difference.estimate(metric),
+            macro=macro,
+            macro_tasks=count,
+        )
+    curve = risk_coverage(1.0 - predictions.confidence, ~predictions.correct)
+    points = np.unique(np.linspace(0, len(curve.coverage) - 1, _CURVE_POINTS).round().astype(int))
+    result = TaskResult(
+        documents=predictions.n_documents,
+        choices=(int(predictions.counts.min()), int(predictions.counts.max())),
+        tasks=leaves,
+        clustered=clustered,
+        metrics=metrics,
+        reliability=reliability_table(
+            predictions.confidence, predictions.correct, settings.bins, level=settings.level
+        ),
+        risk_coverage=[(float(curve.coverage[i]), float(curve.risk[i])) for i in points],
+        conformal=_conformal(predictions, settings) if predictions.n_documents > 1 else [],
+        by_size=by_size(predictions, bins=settings.bins, seed=settings.seed),
+    )
+    return result, ensemble
+
+
+def macro_mean(metric: str, parts: Sequence[Bootstrapped], level: float) -> tuple[Estimate, int]:
+    """Average a metric over tasks, each resampled on its own; undefined values are left out."""
+    values = np.array([part.value[metric] for part in parts])
+    defined = np.isfinite(values)
+    if not defined.any():
+        nothing = np.full(2, np.nan)
+        return interval(float("nan"), nothing, nothing, level), 0
+    resampled = np.stack([p.resampled[metric] for p, ok in zip(parts, defined, strict=True) if ok])
+    with np.errstate(invalid="ignore"):
+        return interval(
+            float(values[defined].mean()),
+            resampled.mean(axis=0),
+            _macro_jackknife(metric, parts, defined),
+            level,
+        ), int(defined.sum())
+
+
+def _macro_jackknife(metric: str, parts: Sequence[Bootstrapped], defined: np.ndarray[Any, Any]) -> FloatArray:
+    """Leave one document, or group of documents, out of one task at a time."""
+    kept = [part for part, ok in zip(parts, defined, strict=True) if ok]
+    # The acceleration of a mean of independent estimates needs their influence values side by side.
+    return np.concatenate(
+        [
+            (p.jackknife[metric] - np.nanmean(p.jackknife[metric])) / len(kept)
+            for p in kept
+            if len(p.jackknife[metric])
+        ]
+    )
+
+
+def _conformal(predictions: Predictions, settings: Settings) -> list[ConformalResult]:
+    calibration, test = conformal.split(predictions, 0.5, settings.seed)
+    plan = Plan(test.n_documents, settings.resamples, settings.seed, level=settings.level)
+    results = []
+    for method in conformal.METHODS:
+        sets = conformal.conformal_sets(calibration, test, method, settings.alpha, seed=settings.seed)
+        values = np.stack([sets.covered.astype(np.float64), sets.sizes], axis=1)
+
+        def means(weights: FloatArray, values: FloatArray = values) -> dict[str, FloatArray]:
+            coverage, size = (weights @ values / weights.sum(axis=1, keepdims=True)).T
+            return {"coverage": coverage, "size": size}
+
+        drawn = bootstrap(means, plan)
+        results.append(
+            ConformalResult(
+                method,
+                settings.alpha,
+                sets.threshold,
+                sets.n_calibration,
+                test.n_documents,
+                drawn.estimate("coverage"),
+                drawn.estimate("size"),
+            )
+        )
+    return results
+
+
+def _recalibrate(
+    name: str, test: Predictions, fitted_on: str, calibration: Predictions, settings: Settings
+) -> list[RecalibrationResult]:
+    plan = settings.plan(name, test)
+    names = [name for name, metric in METRICS.items() if metric.family == "calibration"]
+    before = bootstrap(Battery(test, settings.bins, names), plan)
+    results = []
+    for order in ORDERS:
+        fitted = recalibrate(calibration, test, order)
+        after = bootstrap(Battery(fitted.predictions, settings.bins, names), plan)
+        change = after.minus(before)
+        scalings = [s for s in fitted.scalings if isinstance(s, TemperatureScaling)]
+        results.append(
+            RecalibrationResult(
+                order=order,
+                fitted_on=fitted_on,
+                temperatures=tuple(s.temperature for s in scalings),
+                at_limit=any(s.at_limit for s in scalings),
+                metrics={n: after.estimate(n) for n in after.value},
+                change={n: change.estimate(n) for n in change.value},
+            )
+        )
+    return results

@@ -1,0 +1,106 @@
+"""One adapter folder: which files of it are read at all, and that no link leads out of it.
+
+Read are adapter_config.json and adapter_model.safetensors, nothing else. A pickle beside them is never opened;
+a folder that has only a pickle is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from lm_eval_lora_ensemble.disk import sha256
+from lm_eval_lora_ensemble.ensemble.adapters.config import AdapterConfig, read_config
+from lm_eval_lora_ensemble.ensemble.adapters.weights import Weights, read_weights
+from lm_eval_lora_ensemble.errors import EnsembleError
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A checked adapter.
+
+    Attributes:
+        folder: where it is.
+        config: its configuration.
+        weights: its tensors' names and shapes.
+        sha256: of configuration and weights together.
+    """
+
+    folder: Path
+    config: AdapterConfig
+    weights: Weights
+    sha256: str
+
+
+def link_root(folder: Path) -> Path:
+    """Return the folder that no link under ``folder`` may leave.
+
+    It is ``folder`` itself; inside the Hugging Face Hub's cache, whose snapshots are links into the same
+    repository's blobs, it is the repository's own cache folder.
+    """
+    for inner in (folder, *folder.parents):
+        if inner.parent.name == "snapshots" and inner.parent.parent.name.startswith("models--"):
+            return inner.parent.parent
+    return folder
+
+
+def inside(path: Path, root: Path) -> Path:
+    """Return ``path`` with its links followed.
+
+    Raises:
+        EnsembleError: that leads out of ``root``, or in a circle.
+    """
+    try:
+        resolved = path.resolve()
+        resolved.exists()  # raises what resolving lets pass: a name that is too long, a folder that is closed
+    except (OSError, RuntimeError, ValueError) as error:  # Python before 3.13 says RuntimeError of a circle
+        raise EnsembleError(f"{path} cannot be followed ({error}); copy the files themselves") from error
+    if not resolved.is_relative_to(root):
+        raise EnsembleError(
+            f"{path} leads to {resolved}, which lies outside {root}; copy the files themselves"
+        )
+    return resolved
+
+
+def check_config(folder: Path, root: Path) -> AdapterConfig:
+    """Check an adapter's configuration, and that its weights are there as safetensors.
+
+    Args:
+        folder: the adapter.
+        root: what its links may not leave; see :func:`link_root`.
+
+    Raises:
+        EnsembleError: it is no LoRA adapter, or one that is not data alone.
+    """
+    config = inside(folder / CONFIG, root)
+    if not config.exists():
+        raise EnsembleError(
+            f"{folder} is not a PEFT adapter: it has no {CONFIG}; name the adapter's own folder"
+        )
+    weights = inside(folder / WEIGHTS, root)
+    if not weights.exists():
+        raise EnsembleError(
+            f"{folder} has no {WEIGHTS}; save the adapter with safetensors (pickled weights are not loaded)"
+        )
+    for path in (config, weights):
+        if not path.is_file():
+            raise EnsembleError(
+                f"{folder} holds something at {path.name} that is not a file; export it again"
+            )
+    return read_config(folder / CONFIG)
+
+
+def check_adapter(folder: Path, root: Path) -> Adapter:
+    """Check one adapter folder in full: configuration, names, shapes and every value.
+
+    Raises:
+        EnsembleError: anything about it is not what PEFT would have saved.
+    """
+    config = check_config(folder, root)
+    weights = read_weights(folder / WEIGHTS, config)
+    parts = [sha256(folder / name) for name in (CONFIG, WEIGHTS)]
+    return Adapter(folder, config, weights, hashlib.sha256("".join(parts).encode()).hexdigest())

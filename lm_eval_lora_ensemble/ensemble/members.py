@@ -1,0 +1,308 @@
+"""Find the members of an ensemble, check that they belong together, and give the whole a fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lm_eval_lora_ensemble.ensemble import manifest
+from lm_eval_lora_ensemble.ensemble.adapters.config import AdapterConfig
+from lm_eval_lora_ensemble.ensemble.adapters.folder import (
+    CONFIG,
+    WEIGHTS,
+    check_adapter,
+    check_config,
+    inside,
+    link_root,
+)
+from lm_eval_lora_ensemble.errors import EnsembleError
+
+DEFAULT_FOLDER = "./ensemble"
+_HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One LoRA adapter.
+
+    Attributes:
+        name: unique within the ensemble; PEFT's adapter name.
+        folder: local folder that ``PeftModel.from_pretrained`` loads.
+        sha256: of the adapter's configuration and weights together.
+        seed: the seed it was trained with, where the ensemble's manifest tells.
+    """
+
+    name: str
+    folder: Path
+    sha256: str
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """A base model and the members on it; no members means the base model alone, the prior.
+
+    Attributes:
+        base_model: Hub id or local folder, as the adapters name it.
+        revision: of the base model, where known.
+        members: in order; empty for ``epoch=0``.
+        epoch: the epoch asked for, or None for the members' final adapters.
+    """
+
+    base_model: str
+    revision: str | None
+    members: tuple[Member, ...]
+    epoch: int | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Sha256 over base model, revision, epoch and every member's checksum, in order."""
+        identity = [self.base_model, self.revision, self.epoch, [member.sha256 for member in self.members]]
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Source:
+    """A place that should hold a member's adapter; nothing in it has been read.
+
+    Attributes:
+        name: as in :class:`Member`.
+        folder: the member's final adapter, with links followed.
+        root: the folder that no link in ``folder`` may leave.
+        epochs: folder of each kept epoch's adapter.
+        entry: what the ensemble's manifest says of the member.
+    """
+
+    name: str
+    folder: Path
+    root: Path
+    epochs: dict[int, Path]
+    entry: manifest.MemberEntry | None = None
+
+
+def find_ensemble(
+    adapters: str | Path | Sequence[str | Path] | None = None,
+    *,
+    pretrained: str | None = None,
+    members: int | None = None,
+    epoch: int | None = None,
+    allow_base_mismatch: bool = False,
+) -> Ensemble:
+    """Find an ensemble and check every file of it that will be loaded.
+
+    Args:
+        adapters: an ensemble folder, a folder of adapter folders, one adapter folder, a Hub id, or a list
+            of adapter folders and Hub ids (also as one string, separated by ``;``). Default ``./ensemble``.
+        pretrained: the base model; read from the adapters when left out.
+        members: use only the first so many.
+        epoch: take this epoch's adapter of every member; 0 is the base model alone.
+        allow_base_mismatch: accept adapters that name another base model than ``pretrained``.
+
+    Raises:
+        EnsembleError: nothing was found, something found is no adapter, or the parts do not fit together.
+    """
+    sources, book = find_sources(adapters)
+    if members is not None:
+        if not 1 <= members <= len(sources):
+            raise EnsembleError(
+                f"members={members}: {_where(adapters)} has {len(sources)} members; "
+                f"give a number from 1 to {len(sources)}"
+            )
+        sources = sources[:members]
+    if epoch == 0:
+        configs = [check_config(source.folder, source.root) for source in sources]
+        return Ensemble(*common_base(configs, book, pretrained, allow_base_mismatch), (), epoch=0)
+    found = []
+    configs = []
+    for source in sources:
+        folder = source.folder if epoch is None else _epoch_folder(source, epoch)
+        adapter = check_adapter(folder, source.root)
+        configs.append(adapter.config)
+        found.append(Member(source.name, folder, adapter.sha256, source.entry.seed if source.entry else None))
+    return Ensemble(*common_base(configs, book, pretrained, allow_base_mismatch), tuple(found), epoch)
+
+
+def find_sources(
+    adapters: str | Path | Sequence[str | Path] | None = None,
+) -> tuple[list[Source], manifest.Manifest | None]:
+    """Find where the members are, reading nothing of them, and the manifest where there is one.
+
+    Args:
+        adapters: as in :func:`find_ensemble`.
+
+    Raises:
+        EnsembleError: nothing was found, or something outside the folder that was given.
+    """
+    given = DEFAULT_FOLDER if adapters is None else adapters
+    if isinstance(given, str) and ";" in given:
+        given = [part.strip() for part in given.split(";") if part.strip()]
+    if not isinstance(given, (str, Path)):
+        if not given:
+            raise EnsembleError("adapters= is an empty list; name at least one adapter folder or Hub id")
+        return [_single(f"member_{i:02d}", item) for i, item in enumerate(given)], None
+    folder = Path(given).expanduser()
+    if not folder.is_dir():
+        if adapters is None:
+            raise EnsembleError(
+                f"no adapters given and no {DEFAULT_FOLDER} here ({Path.cwd()}); train one with "
+                "`lora-ensemble train RECIPE.yaml` or name one with --model_args adapters=FOLDER"
+            )
+        return [_single("member_00", given)], None
+    folder = folder.resolve()
+    if (folder / manifest.FILE_NAME).is_file():
+        return _listed(folder)
+    if (folder / CONFIG).is_file():
+        return [_single("member_00", folder)], None
+    return _children(folder), None
+
+
+def _where(adapters: object) -> str:
+    return f"adapters={adapters if adapters is not None else DEFAULT_FOLDER}"
+
+
+def _single(name: str, item: str | Path) -> Source:
+    folder = _local(item)
+    root = link_root(folder)
+    return Source(name, folder, root, _epochs_in(folder, root))
+
+
+def _listed(folder: Path) -> tuple[list[Source], manifest.Manifest]:
+    """Return the members that ``folder``'s manifest lists."""
+    root = link_root(folder)
+    inside(folder / manifest.FILE_NAME, root)
+    book = manifest.Manifest.read(folder)
+    if not book.members:
+        raise EnsembleError(f"{folder / manifest.FILE_NAME} lists no members; train the ensemble again")
+    sources = []
+    for entry in book.members:
+        epochs = {number: _named_by_manifest(folder, path) for number, path in entry.epochs.items()}
+        sources.append(Source(entry.name, _named_by_manifest(folder, entry.folder), root, epochs, entry))
+    return sources, book
+
+
+def _children(folder: Path) -> list[Source]:
+    """Return the adapters in the sub-folders of ``folder``, each of which must be one."""
+    children = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not any((child / CONFIG).is_file() for child in children):
+        raise EnsembleError(
+            f"no adapters in {folder}: neither {manifest.FILE_NAME} nor a sub-folder with {CONFIG}; "
+            "train them with `lora-ensemble train RECIPE.yaml` or name another folder"
+        )
+    root = link_root(folder)
+    for child in children:
+        if not child.name.isprintable():
+            raise EnsembleError(f"{folder} holds a folder called {child.name!r}; give it a printable name")
+        if not (child / CONFIG).is_file():
+            raise EnsembleError(
+                f"{child} has no {CONFIG}, so it is not an adapter; a missing member would silently make a "
+                "smaller ensemble: remove that folder, or list the members to use in adapters="
+            )
+    return [
+        Source(child.name, folder, root, _epochs_in(folder, root))
+        for child, folder in ((child, inside(child, root)) for child in children)
+    ]
+
+
+def _named_by_manifest(folder: Path, relative: str) -> Path:
+    """Return ``folder/relative``, refusing a manifest that points out of its own folder."""
+    try:
+        return inside(folder / relative, folder)
+    except EnsembleError as error:
+        raise EnsembleError(
+            f"{folder / manifest.FILE_NAME} names {relative!r}, which lies outside {folder}"
+        ) from error
+
+
+def refuse_missing_folder(text: str, what: str) -> None:
+    """Refuse a name that looks like a path and is no folder, which would otherwise be asked of the Hub.
+
+    Args:
+        text: a Hub id, or a path.
+        what: what it is the name of, for the message.
+
+    Raises:
+        EnsembleError: ``text`` begins like a path, holds a backslash, or begins with something that is here.
+    """
+    begins_here = Path(text.split("/", maxsplit=1)[0]).exists()
+    if (text.startswith((".", "/", "~")) or "\\" in text or begins_here) and not Path(text).is_dir():
+        raise EnsembleError(f"no {what} {text!r} here ({Path.cwd()}); check the path")
+
+
+def _local(item: str | Path) -> Path:
+    """Return the local folder of one adapter; only what can be nothing but a Hub id is fetched."""
+    path = Path(item).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    text = str(item)
+    refuse_missing_folder(text, "adapter folder")
+    if not _HUB_ID.fullmatch(text):
+        raise EnsembleError(f"no adapter folder {text!r} here ({Path.cwd()}); check the path")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(text, allow_patterns=[CONFIG, WEIGHTS, "README.md", "tokenizer*.json"])
+        ).resolve()
+    except (OSError, ValueError) as error:
+        raise EnsembleError(
+            f"{text!r} is no local folder and could not be had from the Hugging Face Hub "
+            f"({type(error).__name__}); check the name, the network or HF_TOKEN"
+        ) from error
+
+
+def _same_model(one: str, other: str) -> bool:
+    """Whether two names mean the same model: equal, the same folder, or equal last parts (a local mirror)."""
+    if one == other or Path(one).name == Path(other).name:
+        return True
+    return Path(one).exists() and Path(other).exists() and Path(one).resolve() == Path(other).resolve()
+
+
+def common_base(
+    configs: Sequence[AdapterConfig],
+    book: manifest.Manifest | None = None,
+    pretrained: str | None = None,
+    allow_mismatch: bool = False,
+) -> tuple[str, str | None]:
+    """Return the base model all members name, which must be ``pretrained`` where that is given, and its revision.
+
+    Raises:
+        EnsembleError: they name different ones.
+    """
+    first = configs[0]
+    for config in configs[1:]:
+        if not _same_model(first.base_model, config.base_model):
+            raise EnsembleError(
+                f"adapters of different base models: {first.path.parent} is on {first.base_model}, "
+                f"{config.path.parent} is on {config.base_model}; an ensemble needs one base"
+            )
+    revision = book.revision if book else first.revision
+    if pretrained is None:
+        return first.base_model, revision
+    if not allow_mismatch and not _same_model(first.base_model, pretrained):
+        raise EnsembleError(
+            f"the adapters were trained on {first.base_model}, not on pretrained={pretrained}; leave pretrained "
+            "out, or say allow_base_mismatch=True if both are the same weights"
+        )
+    return pretrained, revision
+
+
+def _epochs_in(folder: Path, root: Path) -> dict[int, Path]:
+    """Return the folder of each epoch's adapter that is kept inside a member's own."""
+    return {
+        int(path.name.removeprefix("epoch_")): inside(path, root)
+        for path in folder.glob("epoch_*")
+        if path.name.removeprefix("epoch_").isdecimal()
+    }
+
+
+def _epoch_folder(source: Source, epoch: int) -> Path:
+    if epoch not in source.epochs:
+        there = ", ".join(map(str, sorted(source.epochs))) or "none"
+        raise EnsembleError(
+            f"{source.folder} has no epoch {epoch}; kept epochs: {there} (0 is the base model alone)"
+        )
+    return source.epochs[epoch]

@@ -1,0 +1,414 @@
+"""The lm-eval model ``lora-ensemble``: one base model, N LoRA adapters, one averaged likelihood."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from lm_eval_lora_ensemble.ensemble.loading import attach_members, twins
+from lm_eval_lora_ensemble.ensemble.members import (
+    DEFAULT_FOLDER,
+    Ensemble,
+    find_ensemble,
+    refuse_missing_folder,
+)
+from lm_eval_lora_ensemble.ensemble.tokenizer import check_tokenizers
+from lm_eval_lora_ensemble.errors import EnsembleError, install_excepthook
+from lm_eval_lora_ensemble.harness.cache import announce_when_interrupted, claim_cache
+from lm_eval_lora_ensemble.harness.provenance import device_name, recipe_of, versions
+from lm_eval_lora_ensemble.harness.saving import save_runs_whole
+from lm_eval_lora_ensemble.harness.tasks import extend_tasks
+from lm_eval_lora_ensemble.precision import has_fast_bfloat16
+from lm_eval_lora_ensemble.scoring.finite import NonFiniteScoreError, check_finite
+from lm_eval_lora_ensemble.scoring.forward import PackedModel
+from lm_eval_lora_ensemble.scoring.loglikelihood import AVERAGES, Average, EnsembleLoglikelihood
+from lm_eval_lora_ensemble.scoring.packed import PackedScorer, Work
+from lm_eval_lora_ensemble.scoring.plain import Batch, score_plain
+from lm_eval_lora_ensemble.tree.requests import Score, TokenRequest, truncate
+from lm_eval_lora_ensemble.tree.support import shared_layers, trial_error, why_not
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+# what TemplateLM hands over: ((context, continuation) or None, context tokens, continuation tokens)
+EncodedRequest = tuple[tuple[str, str] | None, list[int], list[int]]
+
+# tokens of one forward pass: enough to keep a matrix product busy, little beside the logits of `hf`
+MIN_TOKENS = 1024
+AUTO_TOKENS = {"cpu": 4096, "accelerator": 16384}
+
+logger = logging.getLogger(__name__)
+install_excepthook()
+
+
+class LoraEnsembleLM(HFLM):
+    """An ensemble of LoRA adapters on one base model, as one lm-eval model.
+
+    Args:
+        pretrained: the base model; left out, it is read from the adapters.
+        adapters: an ensemble folder, a folder of adapters, one adapter, a Hub id, or a list of the last two
+            (a string may separate them by ``;``). Default ``./ensemble``.
+        members: use only the first so many members.
+        epoch: take this epoch's adapter of every member; 0 is the base model alone, the prior.
+        average: ``probability`` (log-mean-exp of the members' sequence loglikelihoods: the Bayesian model
+            average) or ``loglikelihood`` (their arithmetic mean: a log-opinion pool).
+        uncertainty_metrics: report the uncertainty metrics on every multiple-choice task of the run.
+        allow_base_mismatch: accept adapters that name another base model than ``pretrained``.
+        **kwargs: everything lm-eval's ``hf`` takes, except ``peft`` and ``delta``.
+
+    Raises:
+        EnsembleError: the members cannot be found or do not fit together, or an argument is wrong.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        adapters: str | Sequence[str] | None = None,
+        members: int | None = None,
+        epoch: int | None = None,
+        average: Average = "probability",
+        uncertainty_metrics: bool = True,
+        allow_base_mismatch: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        for refused in ("peft", "delta"):
+            if kwargs.get(refused):
+                raise EnsembleError(
+                    f"{refused}= does not go with lora-ensemble; name adapters with adapters="
+                )
+        if average not in AVERAGES:
+            raise EnsembleError(f"average={average}: use one of {', '.join(AVERAGES)}")
+        for name, value in (("members", members), ("epoch", epoch)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+                raise EnsembleError(f"{name}={value}: give a whole number")
+        self.ensemble: Ensemble = find_ensemble(
+            adapters,
+            pretrained=pretrained,
+            members=members,
+            epoch=epoch,
+            allow_base_mismatch=allow_base_mismatch,
+        )
+        self._model: Any = None  # lm-eval's name for the model; HFLM sets it
+        self.average: Average = average
+        self.recipe = recipe_of(DEFAULT_FOLDER if adapters is None else adapters)
+        self.work = Work()
+        if "revision" not in kwargs and self.ensemble.revision:
+            kwargs["revision"] = self.ensemble.revision
+        refuse_missing_folder(self.ensemble.base_model, "base model folder")
+        super().__init__(pretrained=self.ensemble.base_model, **kwargs)
+        if self.rank == 0:
+            if self.model.dtype == torch.bfloat16 and not has_fast_bfloat16(self.device):
+                logger.warning(
+                    "%s emulates bfloat16, many times slower than float32; add dtype=float32 to --model_args",
+                    self.device,
+                )
+            for name, original in twins(self.ensemble.members).items():
+                logger.warning(
+                    "%s is the same adapter as %s: it adds nothing but weight to that one", name, original
+                )
+        extend_tasks(enabled=bool(uncertainty_metrics))
+        save_runs_whole()
+        announce_when_interrupted(None)
+
+    @property
+    def n_members(self) -> int:
+        """Number of members that answer; the base model alone counts as one."""
+        return max(1, len(self.ensemble.members))
+
+    def _create_model(self, *args: Any, **kwargs: Any) -> None:
+        """Load the base model as ``hf`` does, and on it, once they are known to fit, every adapter."""
+        super()._create_model(*args, **kwargs)
+        self._attach_members()
+
+    def _attach_members(self) -> None:
+        """Put the ensemble's adapters on the base model; without any, it stays as it is.
+
+        Raises:
+            EnsembleError: a member cannot be loaded whole, or was trained with another tokenizer.
+        """
+        members = self.ensemble.members
+        self._adapter_names: list[str] = []
+        if members:
+            check_tokenizers(members, self.tokenizer)
+            self._fit_vocabulary()
+            self._model, self._adapter_names = attach_members(self._model, self.ensemble.base_model, members)
+
+    def change_members(self, ensemble: Ensemble) -> None:
+        """Answer as another ensemble on the same base model, which stays loaded.
+
+        Raises:
+            EnsembleError: the ensemble is on another base model, a member cannot be loaded whole, or was
+                trained with another tokenizer.
+        """
+        mine = self.ensemble
+        if (ensemble.base_model, ensemble.revision) != (mine.base_model, mine.revision):
+            raise EnsembleError(
+                f"{mine.base_model} is loaded and the new members are on {ensemble.base_model}; "
+                "start a new run for another base model"
+            )
+        if mine.members:
+            self._model = self._model.unload()
+        self.ensemble = ensemble
+        self._attach_members()
+        self._model.eval()
+        for derived in ("_packed_model", "_packed_trial"):
+            self.__dict__.pop(derived, None)
+
+    def _fit_vocabulary(self) -> None:
+        """Resize the embeddings to the tokenizer, as ``hf`` with ``peft=`` does before it loads an adapter."""
+        config = self._model.config
+        if getattr(config, "text_config", config).vocab_size != len(self.tokenizer):
+            self._model.resize_token_embeddings(len(self.tokenizer))
+
+    def _activate(self, member: int) -> None:
+        """Let the model answer as ``member``."""
+        if len(self._adapter_names) > 1:
+            self._model.set_adapter(self._adapter_names[member])
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Take lm-eval's cache, having made sure that it is this ensemble's.
+
+        lm-eval keys its cache on the request's text alone, so another model's scores would be read as ours.
+
+        Raises:
+            EnsembleError: the cache holds scores of another model; it is left as it is.
+        """
+        if cache_hook.dbdict is not None:
+            claim_cache(cache_hook.dbdict, self._identity())
+        announce_when_interrupted(cache_hook.dbdict)
+        super().set_cache_hook(cache_hook)
+
+    def _identity(self) -> dict[str, Any]:
+        """What a score depends on besides the request."""
+        return {
+            "base model": self.ensemble.base_model,
+            "revision": self.revision,
+            "epoch": self.ensemble.epoch,
+            "members": [member.sha256 for member in self.ensemble.members],
+            "average": self.average,
+            "dtype": str(self.model.dtype),
+            "max_length": self.max_length,
+        }
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[EnsembleLoglikelihood, bool]]:
+        """Score every member on each (context, continuation).
+
+        Returns:
+            Per request the ensemble's loglikelihood, which carries the members', and whether the
+            continuation is the mixture's greedy choice.
+
+        Raises:
+            NonFiniteScoreError: a member's score is NaN or infinite.
+        """
+        self._encode_context.cache_clear()
+        try:
+            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        except NonFiniteScoreError as error:
+            # lm-eval encodes the requests in their order, one to one
+            raise error.of(requests[error.index]) from None
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[EnsembleLoglikelihood]:
+        """Score whole strings: each member's windows are summed first, then the members averaged.
+
+        Windows are ``hf``'s own. Averaging last makes the result the loglikelihood of the whole string
+        under the mixture, not a product of per-window mixtures.
+
+        Raises:
+            NonFiniteScoreError: a member's score is NaN or infinite.
+        """
+        windows: list[EncodedRequest] = []
+        counts = []
+        for (string,) in (request.args for request in requests):
+            mine = [
+                (None, *make_disjoint_window(window))
+                for window in get_rolling_token_windows(
+                    token_list=self.tok_encode(string),
+                    prefix_token=self.prefix_token_id,
+                    max_seq_len=self.max_length,
+                    context_len=1,
+                )
+            ]
+            windows.extend(mine)
+            counts.append(len(mine))
+        try:
+            scores = iter(self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm))
+        except NonFiniteScoreError as error:
+            owners = [request for request, count in zip(requests, counts, strict=True) for _ in range(count)]
+            raise error.of(owners[error.index]) from None
+        results = []
+        for request, count in zip(requests, counts, strict=True):
+            total = sum((next(scores)[0].members for _ in range(count)), np.zeros(self.n_members))
+            result = EnsembleLoglikelihood.average(total, self.average)
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, result)
+            results.append(result)
+        return results
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Generate with one member or the base model alone; an ensemble of several cannot yet.
+
+        Raises:
+            EnsembleError: the ensemble has more than one member.
+        """
+        if self.n_members > 1:
+            raise EnsembleError(
+                f"generate_until is not yet supported for ensembles ({self.n_members} members); run one member "
+                f"with --model hf --model_args pretrained={self.ensemble.base_model},"
+                f"peft={self.ensemble.members[0].folder}, or the base model with epoch=0"
+            )
+        texts: list[str] = super().generate_until(requests, disable_tqdm=disable_tqdm)
+        return texts
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Encode as lm-eval does, each distinct context once rather than once a choice."""
+        if self.backend != "causal":
+            pair: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
+            return pair
+        kept = context.rstrip()
+        length = len(self._encode_context(kept))
+        whole = self.tok_encode(context + continuation)
+        return whole[:length], whole[length:]
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019 - a few entries, cleared at each call of loglikelihood
+    def _encode_context(self, context: str) -> list[int]:
+        tokens: list[int] = self.tok_encode(context)
+        return tokens
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[EncodedRequest],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[tuple[EnsembleLoglikelihood, bool]]:
+        """Score encoded requests; each result reaches ``--use_cache`` as soon as it is there.
+
+        Raises:
+            NonFiniteScoreError: a member's score is NaN or infinite; it does not reach the cache.
+        """
+        names = [member.name for member in self.ensemble.members] or ["the base model"]
+        results: list[tuple[EnsembleLoglikelihood, bool] | None] = [None] * len(requests)
+        bar = tqdm(
+            total=len(requests),
+            disable=disable_tqdm or self.rank != 0,
+            desc=f"Running loglikelihood requests × {self.n_members} members",
+        )
+        with bar, torch.inference_mode():
+            for i, score in self._scores(requests, override_bs):
+                check_finite(i, score.loglikelihoods, names, self.model.dtype)
+                value = EnsembleLoglikelihood.average(score.loglikelihoods, self.average)
+                results[i] = (value, score.is_greedy)
+                texts = requests[i][0]
+                if texts is not None:
+                    self.cache_hook.add_partial("loglikelihood", texts, results[i])
+                bar.update()
+        missing = results.count(None)
+        if missing:
+            raise RuntimeError(f"{missing} of {len(requests)} requests were not scored")
+        return [result for result in results if result is not None]
+
+    def _scores(
+        self, requests: Sequence[EncodedRequest], override_bs: int | None
+    ) -> Iterator[tuple[int, Score]]:
+        """Score by the packed path where it is exact for this model and these requests, else by the plain one."""
+        tokens = [self._token_request(context, continuation) for _, context, continuation in requests]
+        if not tokens:
+            return
+        longest = max(len(request.tokens) for request in tokens)
+        reason = why_not(self.model, longest) or self._packed_trial
+        if reason is None:
+            scorer = PackedScorer(
+                self._packed_model,
+                self._activate,
+                n_members=self.n_members,
+                token_budget=self._token_budget(longest, override_bs),
+            )
+            with self._autocast():
+                yield from scorer.score(tokens)
+            self.work = scorer.work
+            return
+        logger.warning("scoring request by request, which is slower: %s", reason)
+        batch_size = self.batch_size if self.batch_size != "auto" else override_bs
+        yield from score_plain(
+            tokens,
+            self._forward_plain,
+            n_members=self.n_members,
+            batch_size=batch_size or self._detect_batch_size(),
+            device=self.device,
+            encoder_decoder=self.backend == "seq2seq",
+        )
+
+    @functools.cached_property
+    def _packed_model(self) -> PackedModel:
+        return PackedModel(self.model, shared_layers(self.model))
+
+    @functools.cached_property
+    def _packed_trial(self) -> str | None:
+        """Why the packed path is not exact here, found by trying; None if it is."""
+        with self._autocast():
+            error = trial_error(self._packed_model, self._activate, self._whole_logits, self.n_members)
+        if error is None:
+            return None
+        return f"packed rows differ from whole sequences by {error:.2g} nats a token in a trial"
+
+    def _whole_logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self._model_call(tokens.to(self.device))
+        return logits
+
+    def _autocast(self) -> torch.autocast:
+        """Autocast as ``hf`` does in its own forward."""
+        dtype = self.mixed_precision_dtype
+        return torch.autocast(device_type=self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def _token_budget(self, longest: int, override_bs: int | None) -> int:
+        """Return the tokens of one forward pass.
+
+        ``batch_size=auto``: a fixed budget, halved when memory runs out. A number b: as many tokens as b of
+        the longest sequences have, which is what ``hf`` computes at most with that batch size.
+        """
+        batch_size = override_bs if self.batch_size == "auto" else self.batch_size
+        if not batch_size:
+            return AUTO_TOKENS["cpu" if self.device.type == "cpu" else "accelerator"]
+        return max(MIN_TOKENS, int(batch_size) * longest)
+
+    def _token_request(self, context: list[int], continuation: list[int]) -> TokenRequest:
+        if self.backend == "causal":
+            return truncate(context, continuation, self.max_length)
+        return TokenRequest(tuple(context[-self.max_length :]), tuple(continuation[-self.max_length :]))
+
+    def _forward_plain(self, member: int, batch: Batch) -> torch.Tensor:
+        self._activate(member)
+        logits: torch.Tensor = self._model_call(batch.inputs, batch.encoder_mask, batch.labels)
+        return logits
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Add what made the scores to what lm-eval writes into its results file."""
+        info: dict[str, Any] = super().get_model_info()
+        info.pop("peft_sha", None)  # of the first member only, and asked of the Hub
+        info["lora_ensemble"] = {
+            "base_model": self.ensemble.base_model,
+            "revision": self.ensemble.revision,
+            "epoch": self.ensemble.epoch,
+            "average": self.average,
+            "fingerprint": self.ensemble.fingerprint,
+            "members": [
+                {"name": m.name, "folder": str(m.folder), "seed": m.seed, "sha256": m.sha256}
+                for m in self.ensemble.members
+            ],
+            "recipe": self.recipe,
+            # lm-eval's own `device` is what was asked for
+            "device": device_name(self.device),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "versions": versions(),
+        }
+        return info

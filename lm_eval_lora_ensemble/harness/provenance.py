@@ -1,0 +1,37 @@
+"""What a results file says of the model that made it: enough to run it again and to tell it from another."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lm_eval_lora_ensemble.ensemble.manifest import FILE_NAME, Manifest
+
+PACKAGES = ("lm-eval-lora-ensemble", "lm-eval", "torch", "transformers", "peft", "safetensors")
+
+
+def versions() -> dict[str, str]:
+    """Return the version of Python and of every package that scores pass through."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def device_name(device: torch.device) -> str:
+    """Return the device that computed, with the accelerator's name: ``cuda:0 (NVIDIA H100)``, ``cpu``."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return str(device)
+
+
+def recipe_of(adapters: str | Path | Sequence[str | Path]) -> dict[str, Any] | None:
+    """Return the recipe in an ensemble folder's manifest, but for where it was written; None without one."""
+    if not isinstance(adapters, (str, Path)):
+        return None
+    folder = Path(adapters).expanduser()
+    if not (folder / FILE_NAME).is_file():
+        return None
+    return {key: value for key, value in Manifest.read(folder).recipe.items() if key != "output"} or None

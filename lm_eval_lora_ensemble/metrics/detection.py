@@ -1,0 +1,101 @@
+"""Detection: does the uncertainty tell questions of another domain from those of its own?
+
+Higher scores always mean more out-of-domain, and out-of-domain is the positive class. Entropies of tasks
+with different numbers of choices differ for that reason alone: compare tasks of equal C.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lm_eval_lora_ensemble.errors import EnsembleError
+from lm_eval_lora_ensemble.metrics.arrays import FloatArray
+from lm_eval_lora_ensemble.metrics.battery import uncertainty_scores
+from lm_eval_lora_ensemble.metrics.bootstrap import Bootstrapped, Estimate, Plan, bootstrap
+from lm_eval_lora_ensemble.metrics.predictions import Predictions
+from lm_eval_lora_ensemble.metrics.ranking import Ranking
+
+
+@dataclass(frozen=True)
+class Detection:
+    """How well one score detects out-of-domain documents.
+
+    Attributes:
+        auroc: area under the ROC curve, in [0, 1], chance 0.5.
+        aupr: average precision with out-of-domain as the positive class; chance is its share.
+        fpr95: share of in-domain documents flagged when 95 % of the out-of-domain ones are, lower is better.
+    """
+
+    auroc: Estimate
+    aupr: Estimate
+    fpr95: Estimate
+
+
+class DetectionStatistics:
+    """AUROC, AUPR and FPR95 of every score, under document weights over in-domain then out-of-domain."""
+
+    def __init__(self, in_domain: Predictions, out_of_domain: Predictions) -> None:
+        inside, outside = uncertainty_scores(in_domain), uncertainty_scores(out_of_domain)
+        is_out = np.repeat([False, True], [in_domain.n_documents, out_of_domain.n_documents])
+        self._rankings = {
+            name: Ranking(np.concatenate([inside[name], outside[name]]), is_out) for name in inside
+        }
+
+    @property
+    def scores(self) -> list[str]:
+        """The scores' names."""
+        return list(self._rankings)
+
+    def __call__(self, weights: FloatArray) -> dict[str, FloatArray]:
+        """Return (R,) for each of ``{score}/auroc``, ``{score}/aupr`` and ``{score}/fpr95``."""
+        values: dict[str, FloatArray] = {}
+        for name, ranking in self._rankings.items():
+            runs = ranking.runs(weights)
+            values[f"{name}/auroc"] = runs.auroc()
+            values[f"{name}/aupr"] = runs.average_precision()
+            values[f"{name}/fpr95"] = runs.false_positive_rate(0.95)
+        return values
+
+
+def detect(
+    in_domain: Predictions,
+    out_of_domain: Predictions,
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> dict[str, Detection]:
+    """Tell out-of-domain from in-domain documents by each uncertainty score (Hendrycks & Gimpel 2017).
+
+    The scores are 1 − max p̄, predictive entropy, expected entropy and mutual information, as in
+    arXiv 2402.12264. Gold answers are not needed. Both sides are resampled apart, each keeping its size.
+
+    Args:
+        in_domain: the task the members were trained for.
+        out_of_domain: another task, scored by the same members.
+        resamples: R.
+        seed: of the resampling.
+        level: of the intervals.
+
+    Returns:
+        By score: ``max_probability``, ``entropy``, ``expected_entropy``, ``mutual_information`` (the last
+        only with several members).
+
+    Raises:
+        EnsembleError: the two sides have different numbers of members.
+    """
+    if in_domain.n_members != out_of_domain.n_members:
+        raise EnsembleError(
+            f"the in-domain samples have {in_domain.n_members} members and the out-of-domain ones "
+            f"{out_of_domain.n_members}: they come from two ensembles; evaluate both with one"
+        )
+    sizes = [in_domain.n_documents, out_of_domain.n_documents]
+    statistics = DetectionStatistics(in_domain, out_of_domain)
+    plan = Plan(sum(sizes), resamples, seed, strata=np.repeat([0, 1], sizes), level=level)
+    drawn: Bootstrapped = bootstrap(statistics, plan)
+    return {
+        score: Detection(*(drawn.estimate(f"{score}/{kind}") for kind in ("auroc", "aupr", "fpr95")))
+        for score in statistics.scores
+    }

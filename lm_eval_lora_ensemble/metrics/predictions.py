@@ -1,0 +1,285 @@
+"""One task's (or one group's) member probabilities with what is needed to judge them, validated once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+from scipy import special
+
+from lm_eval_lora_ensemble.errors import EnsembleError
+from lm_eval_lora_ensemble.metrics.arrays import (
+    SUM_TOLERANCE,
+    BoolArray,
+    FloatArray,
+    IntArray,
+    StringArray,
+    as_float,
+    as_gold,
+    first_index,
+)
+from lm_eval_lora_ensemble.metrics.choices import log_choice_probabilities, with_other_class
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """Distributions of N members over the choices of D documents.
+
+    Documents may have different numbers of choices: document d has ``counts[d]``, and its entries from
+    there on are padding with log-probability −inf. Build it from scores with :meth:`from_scores`.
+
+    Attributes:
+        log_probabilities: (N, D, C) float64, nats; each document's exponentials sum to 1.
+        counts: (D,), number of choices, from 2 to C.
+        gold: (D,), index of the correct choice; None where the samples do not tell.
+        subjects: (D,), the task each document belongs to; resampling of groups is clustered by it.
+        documents: (D,), what identifies a document within its subject.
+        missing_gold: why ``gold`` is None.
+
+    Raises:
+        EnsembleError: from the constructor, for shapes that disagree, a NaN, distributions that do not sum
+            to 1, padding with probability, fewer than two choices, or a gold outside the choices.
+    """
+
+    log_probabilities: FloatArray
+    counts: IntArray
+    gold: IntArray | None
+    subjects: StringArray
+    documents: StringArray
+    missing_gold: str = ""
+
+    def __post_init__(self) -> None:
+        values = as_float(self.log_probabilities, "log_probabilities", ndim=3)
+        _, d, c = values.shape
+        for name, array in (
+            ("counts", self.counts),
+            ("subjects", self.subjects),
+            ("documents", self.documents),
+        ):
+            if np.shape(array) != (d,):
+                raise EnsembleError(
+                    f"{name} has shape {np.shape(array)}; one value for each of {d} documents is needed"
+                )
+        if ((self.counts < 2) | (self.counts > c)).any():
+            (index,) = first_index((self.counts < 2) | (self.counts > c))
+            raise EnsembleError(f"document {index} has {self.counts[index]} choices; 2 to {c} are needed")
+        if np.isnan(values).any() or (values[:, self.padding] != -np.inf).any():
+            raise EnsembleError("log_probabilities has a NaN, or probability beyond a document's choices")
+        off = np.abs(np.exp(values).sum(axis=2) - 1) > SUM_TOLERANCE
+        if off.any():
+            member, index = first_index(off)
+            raise EnsembleError(f"the choices of document {index} do not sum to 1 for member {member}")
+        if self.gold is not None:
+            as_gold(self.gold, d, self.counts)
+
+    @classmethod
+    def from_scores(
+        cls,
+        loglikelihoods: npt.ArrayLike,
+        gold: npt.ArrayLike | None,
+        *,
+        counts: npt.ArrayLike | None = None,
+        subjects: npt.ArrayLike | str = "",
+        documents: npt.ArrayLike | None = None,
+        other_class: bool = False,
+        missing_gold: str = "the gold answers were not given",
+    ) -> Predictions:
+        """Normalise members' loglikelihoods over each document's choices.
+
+        Args:
+            loglikelihoods: (N, D, C), nats, padded with −inf; (D, C) is taken as a single member.
+            gold: (D,), index of the correct choice, or None if unknown.
+            counts: (D,), number of choices; C everywhere if left out.
+            subjects: (D,) labels, or one for all.
+            documents: (D,) identifiers; 0 to D − 1 if left out.
+            other_class: add the class "other" = 1 − Σ p(letters) instead of normalising, for single-token
+                choices (see :func:`~lm_eval_lora_ensemble.metrics.choices.with_other_class`). It is
+                the document's last choice; all documents must then have C letters.
+            missing_gold: why ``gold`` is None, for the error of metrics that need it.
+
+        Raises:
+            EnsembleError: as the constructor, or scores that no distribution follows from.
+        """
+        scores = as_float(loglikelihoods, "loglikelihoods")
+        if scores.ndim == 2:
+            scores = scores[None]
+        if scores.ndim != 3:
+            raise EnsembleError(f"loglikelihoods has shape {scores.shape}; (N, D, C) is needed")
+        _, d, c = scores.shape
+        sizes = np.full(d, c, dtype=np.int64) if counts is None else np.asarray(counts, dtype=np.int64)
+        if other_class:
+            if (sizes != c).any():
+                raise EnsembleError("the class 'other' needs the same number of choices in every document")
+            with np.errstate(divide="ignore"):
+                log_p = np.log(with_other_class(scores))
+            sizes = sizes + 1
+        else:
+            log_p = log_choice_probabilities(scores)
+        return cls(
+            log_probabilities=log_p,
+            counts=sizes,
+            gold=None if gold is None else as_gold(gold, d, sizes),
+            subjects=np.broadcast_to(np.asarray(subjects, dtype=np.str_), (d,)),
+            documents=np.asarray(np.arange(d) if documents is None else documents).astype(np.str_),
+            missing_gold=missing_gold if gold is None else "",
+        )
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Predictions]) -> Predictions:
+        """Pool the documents of several tasks scored by the same members.
+
+        Raises:
+            EnsembleError: nothing to pool, or different numbers of members.
+        """
+        if not parts:
+            raise EnsembleError("there is no task to pool")
+        sizes = sorted({part.n_members for part in parts})
+        if len(sizes) > 1:
+            raise EnsembleError(
+                f"tasks scored by different numbers of members ({', '.join(map(str, sizes))}) "
+                "cannot be pooled; evaluate them with one ensemble"
+            )
+        width = max(part.log_probabilities.shape[2] for part in parts)
+        padded = [
+            np.pad(
+                part.log_probabilities,
+                ((0, 0), (0, 0), (0, width - part.log_probabilities.shape[2])),
+                constant_values=-np.inf,
+            )
+            for part in parts
+        ]
+        golds = [part.gold for part in parts if part.gold is not None]
+        return cls(
+            log_probabilities=np.concatenate(padded, axis=1),
+            counts=np.concatenate([part.counts for part in parts]),
+            gold=np.concatenate(golds) if len(golds) == len(parts) else None,
+            subjects=np.concatenate([part.subjects for part in parts]),
+            documents=np.concatenate([part.documents for part in parts]),
+            missing_gold=next((part.missing_gold for part in parts if part.gold is None), ""),
+        )
+
+    @property
+    def n_members(self) -> int:
+        """N."""
+        return int(self.log_probabilities.shape[0])
+
+    @property
+    def n_documents(self) -> int:
+        """D."""
+        return int(self.log_probabilities.shape[1])
+
+    @cached_property
+    def clusters(self) -> StringArray | None:
+        """(D,): the tasks, which resampling draws as a whole; None for documents of one task, drawn one by one."""
+        return self.subjects if (self.subjects != self.subjects[:1]).any() else None
+
+    @cached_property
+    def padding(self) -> BoolArray:
+        """(D, C): true where the document has no such choice."""
+        mask: BoolArray = np.arange(self.log_probabilities.shape[2]) >= self.counts[:, None]
+        return mask
+
+    @cached_property
+    def probabilities(self) -> FloatArray:
+        """(N, D, C)."""
+        p: FloatArray = np.exp(self.log_probabilities)
+        return p
+
+    @cached_property
+    def mixture(self) -> FloatArray:
+        """(D, C): the ensemble's distribution p̄, the members' mean."""
+        mean: FloatArray = self.probabilities.mean(axis=0)
+        return mean
+
+    @cached_property
+    def log_mixture(self) -> FloatArray:
+        """(D, C): log p̄ in nats, finite also where p̄ itself would underflow."""
+        if self.n_members == 1:
+            return self.log_probabilities[0]
+        with np.errstate(divide="ignore"):
+            total: FloatArray = special.logsumexp(self.log_probabilities, axis=0)
+        return total - np.log(self.n_members)
+
+    @cached_property
+    def confidence(self) -> FloatArray:
+        """(D,): max_c p̄(c)."""
+        top: FloatArray = self.mixture.max(axis=1)
+        return top
+
+    @cached_property
+    def correct(self) -> BoolArray:
+        """(D,): whether argmax_c p̄(c) is the gold choice; the first of equal ones is chosen."""
+        right: BoolArray = self.mixture.argmax(axis=1) == self.require_gold()
+        return right
+
+    def require_gold(self) -> IntArray:
+        """Return ``gold``.
+
+        Raises:
+            EnsembleError: it is unknown; the message says why.
+        """
+        if self.gold is None:
+            raise EnsembleError(f"the gold answers are needed and unknown: {self.missing_gold}")
+        return self.gold
+
+    def only(self, members: Sequence[int]) -> Predictions:
+        """Return the ensemble of these members only.
+
+        Raises:
+            EnsembleError: none, or one that does not exist.
+        """
+        if not members or not all(0 <= m < self.n_members for m in members):
+            raise EnsembleError(f"members {list(members)} asked for; there are 0 to {self.n_members - 1}")
+        return self.with_log_probabilities(self.log_probabilities[list(members)])
+
+    def with_log_probabilities(self, log_probabilities: FloatArray) -> Predictions:
+        """Return the same documents with other distributions (N', D, C)."""
+        return Predictions(
+            log_probabilities, self.counts, self.gold, self.subjects, self.documents, self.missing_gold
+        )
+
+    def take(self, documents: npt.ArrayLike) -> Predictions:
+        """Return a selection of the documents, by index or by mask."""
+        index = np.asarray(documents)
+        return Predictions(
+            self.log_probabilities[:, index],
+            self.counts[index],
+            None if self.gold is None else self.gold[index],
+            self.subjects[index],
+            self.documents[index],
+            self.missing_gold,
+        )
+
+
+def same_documents(a: Predictions, b: Predictions) -> bool:
+    """Whether a paired comparison of the two is one."""
+    try:
+        check_same_documents(a, b)
+    except EnsembleError:
+        return False
+    return True
+
+
+def check_same_documents(a: Predictions, b: Predictions) -> None:
+    """Refuse a paired comparison of different documents.
+
+    Raises:
+        EnsembleError: another number, order, identity or gold answer of documents; the first is named.
+    """
+    if a.n_documents != b.n_documents:
+        raise EnsembleError(
+            f"a paired comparison needs the same documents: {a.n_documents} against {b.n_documents}; "
+            "run both with the same tasks, --limit and --samples"
+        )
+    differs = (a.subjects != b.subjects) | (a.documents != b.documents) | (a.counts != b.counts)
+    if a.gold is not None and b.gold is not None:
+        differs |= a.gold != b.gold
+    if differs.any():
+        (index,) = first_index(differs)
+        raise EnsembleError(
+            f"a paired comparison needs the same documents: number {index} is {a.subjects[index]}/"
+            f"{a.documents[index]} in one run and {b.subjects[index]}/{b.documents[index]} in the other"
+        )

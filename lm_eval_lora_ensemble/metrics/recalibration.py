@@ -1,0 +1,229 @@
+"""Recalibration: a few parameters fitted on one split or task, applied to another.
+
+Scaling log-probabilities is scaling logits: softmax does not see the constant between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
+
+import numpy as np
+from scipy import optimize, special
+
+from lm_eval_lora_ensemble.errors import EnsembleError
+from lm_eval_lora_ensemble.metrics.arrays import FloatArray, IntArray
+from lm_eval_lora_ensemble.metrics.choices import log_choice_probabilities
+from lm_eval_lora_ensemble.metrics.predictions import Predictions
+
+Order = Literal["pool_then_calibrate", "calibrate_then_pool", "shared_then_pool"]
+ORDERS: tuple[Order, ...] = get_args(Order)
+
+TEMPERATURE_RANGE = (0.01, 100.0)
+"""Where a temperature is sought: beyond it answers are certain, or chance, to all practical purposes."""
+
+
+class Scaling(Protocol):
+    """A fitted map from log-probabilities to log-probabilities."""
+
+    def __call__(self, log_p: FloatArray) -> FloatArray:
+        """Map (..., C) to (..., C), normalised."""
+        ...
+
+
+@dataclass(frozen=True)
+class TemperatureScaling:
+    """``p(c)^{1/T} / Σ_c' p(c')^{1/T}`` (Guo et al. 2017); T > 1 softens. Keeps the argmax.
+
+    Attributes:
+        temperature: T > 0.
+        at_limit: the search ended at its limit: the fit split is all right, or no better than chance.
+    """
+
+    temperature: float
+    at_limit: bool = False
+
+    def __call__(self, log_p: FloatArray) -> FloatArray:
+        """Scale (..., C) log-probabilities."""
+        return log_choice_probabilities(log_p / self.temperature)
+
+
+@dataclass(frozen=True, eq=False)
+class VectorScaling:
+    """``softmax_c(w_c log p(c) + b_c)`` (Guo et al. 2017); can change the argmax.
+
+    For choices whose position means something, such as answer letters; one per task.
+
+    Attributes:
+        slope: (C,), w.
+        offset: (C,), b.
+    """
+
+    slope: FloatArray
+    offset: FloatArray
+
+    def __call__(self, log_p: FloatArray) -> FloatArray:
+        """Scale (..., C) log-probabilities."""
+        return log_choice_probabilities(log_p * self.slope + self.offset)
+
+
+def _search(loss: Callable[[float], float]) -> TemperatureScaling:
+    """Find the temperature of least loss, which is smooth and unimodal in log T but may have no minimum."""
+    low, high = np.log(TEMPERATURE_RANGE)
+    found = optimize.minimize_scalar(
+        lambda t: loss(float(np.exp(t))), bounds=(low, high), method="bounded", options={"xatol": 1e-8}
+    )
+    for limit in TEMPERATURE_RANGE:
+        if loss(limit) <= found.fun + 1e-9:
+            return TemperatureScaling(limit, at_limit=True)
+    return TemperatureScaling(float(np.exp(found.x)))
+
+
+def _loss(log_p: FloatArray, gold: IntArray) -> float:
+    """Return the mean negative log-likelihood of (D, C) log-probabilities."""
+    return float(-log_p[np.arange(len(gold)), gold].mean())
+
+
+def _check(log_p: FloatArray, gold: IntArray) -> None:
+    impossible = np.isneginf(log_p[np.arange(len(gold)), gold])
+    if impossible.any():
+        raise EnsembleError(
+            f"the gold answer of document {int(np.argmax(impossible))} has probability 0: "
+            "no temperature mends that"
+        )
+
+
+def fit_temperature(log_p: FloatArray, gold: IntArray) -> TemperatureScaling:
+    """Fit the temperature of least mean negative log-likelihood.
+
+    Args:
+        log_p: (D, C) log-probabilities, nats; −inf for padding.
+        gold: (D,) index of the correct choice.
+
+    Returns:
+        T within :data:`TEMPERATURE_RANGE`; see :attr:`TemperatureScaling.at_limit`.
+
+    Raises:
+        EnsembleError: a gold answer of probability 0.
+    """
+    _check(log_p, gold)
+    return _search(lambda t: _loss(TemperatureScaling(t)(log_p), gold))
+
+
+def fit_shared_temperature(log_p: FloatArray, gold: IntArray) -> TemperatureScaling:
+    """Fit one temperature for all members that minimises the loss of their pool.
+
+    Args:
+        log_p: (N, D, C) members' log-probabilities, nats.
+        gold: (D,) index of the correct choice.
+
+    Raises:
+        EnsembleError: a gold answer to which every member gives probability 0.
+    """
+    _check(log_p.max(axis=0), gold)
+    n, d = len(log_p), np.arange(len(gold))
+
+    def loss(t: float) -> float:
+        chosen = TemperatureScaling(t)(log_p)[:, d, gold]
+        return float(np.log(n) - special.logsumexp(chosen, axis=0).mean())
+
+    return _search(loss)
+
+
+def fit_vector(log_p: FloatArray, gold: IntArray) -> VectorScaling:
+    """Fit a slope and an offset for each choice position by L-BFGS.
+
+    Args:
+        log_p: (D, C) log-probabilities, nats, all finite.
+        gold: (D,) index of the correct choice.
+
+    Raises:
+        EnsembleError: documents with fewer choices than others, or a probability of 0.
+    """
+    if not np.isfinite(log_p).all():
+        raise EnsembleError(
+            "vector scaling needs the same choices, none of probability 0, in every document; use temperature"
+        )
+    d, c = log_p.shape
+    one_hot = np.eye(c)[gold]
+
+    def loss(parameters: FloatArray) -> tuple[float, FloatArray]:
+        slope, offset = np.split(parameters, 2)
+        scaled = log_choice_probabilities(log_p * slope + offset)
+        residual = (np.exp(scaled) - one_hot) / d
+        gradient = np.concatenate([(residual * log_p).sum(axis=0), residual.sum(axis=0)])
+        return _loss(scaled, gold), gradient
+
+    start = np.concatenate([np.ones(c), np.zeros(c)])
+    # Separable data have no finite optimum; the bounds give one that is as good as certain.
+    bounds = [(-100.0, 100.0)] * (2 * c)
+    found = optimize.minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds)
+    slope, offset = np.split(found.x, 2)
+    return VectorScaling(slope, offset - offset.mean())
+
+
+@dataclass(frozen=True, eq=False)
+class Recalibrated:
+    """Predictions after recalibration, and what was fitted for them.
+
+    Attributes:
+        order: what came first.
+        scalings: one for the pool (or shared by the members), or one for each member.
+        predictions: of the test documents; a single member where the pool itself was calibrated.
+    """
+
+    order: Order
+    scalings: tuple[TemperatureScaling | VectorScaling, ...]
+    predictions: Predictions
+
+
+def recalibrate(
+    calibration: Predictions,
+    test: Predictions,
+    order: Order = "pool_then_calibrate",
+    *,
+    how: Literal["temperature", "vector"] = "temperature",
+) -> Recalibrated:
+    """Fit on one set of documents and apply to another, before or after averaging the members.
+
+    Averaging calibrated members gives an under-confident ensemble (Rahaman & Thiery 2021), so the order
+    matters:
+
+    * ``pool_then_calibrate``: scale the ensemble's p̄; members, and so mutual information, are gone.
+    * ``calibrate_then_pool``: each member its own scaling, then average.
+    * ``shared_then_pool``: one temperature for all members, fitted for their average.
+
+    Args:
+        calibration: with gold answers.
+        test: of the same members.
+        order: see above.
+        how: one temperature, or a slope and an offset for each choice position.
+
+    Raises:
+        EnsembleError: different numbers of members, unknown gold answers, an unknown order, a shared vector
+            scaling, or vector scaling of ragged documents.
+    """
+    if calibration.n_members != test.n_members:
+        raise EnsembleError(
+            f"calibration samples have {calibration.n_members} members and test samples {test.n_members}: "
+            "they come from two ensembles"
+        )
+    gold = calibration.require_gold()
+    fit: Callable[[FloatArray, IntArray], TemperatureScaling | VectorScaling]
+    fit = fit_temperature if how == "temperature" else fit_vector
+    if order == "pool_then_calibrate":
+        pooled = fit(calibration.log_mixture, gold)
+        return Recalibrated(order, (pooled,), _apply(test, pooled(test.log_mixture)[None]))
+    if order == "calibrate_then_pool":
+        each = tuple(fit(member, gold) for member in calibration.log_probabilities)
+        scaled = np.stack([s(m) for s, m in zip(each, test.log_probabilities, strict=True)])
+        return Recalibrated(order, each, _apply(test, scaled))
+    if order == "shared_then_pool" and how == "temperature":
+        shared = fit_shared_temperature(calibration.log_probabilities, gold)
+        return Recalibrated(order, (shared,), _apply(test, shared(test.log_probabilities)))
+    raise EnsembleError(f"order {order!r} with {how} scaling is not offered; orders are {', '.join(ORDERS)}")
+
+
+def _apply(test: Predictions, log_p: FloatArray) -> Predictions:
+    return test.with_log_probabilities(log_p)

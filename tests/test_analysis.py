@@ -1,0 +1,164 @@
+"""From saved samples to the result, the table and the JSON file."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from lm_eval_lora_ensemble import cli
+from lm_eval_lora_ensemble.analysis.comparison import compare_runs
+from lm_eval_lora_ensemble.analysis.evaluation import evaluate_uncertainty
+from lm_eval_lora_ensemble.analysis.result import Settings
+from lm_eval_lora_ensemble.analysis.runs import Run
+from lm_eval_lora_ensemble.errors import EnsembleError
+from lm_eval_lora_ensemble.metrics.battery import METRICS, Battery
+from lm_eval_lora_ensemble.metrics.choices import choice_probabilities
+from lm_eval_lora_ensemble.metrics.predictions import Predictions
+
+QUICK = Settings(resamples=50)
+
+
+def predictions(task, seed, d=60, n=3):
+    rng = np.random.default_rng(seed)
+    base = rng.normal(size=(d, 4)) * 2
+    gold = (choice_probabilities(base).cumsum(1) > rng.uniform(size=(d, 1))).argmax(1)
+    return Predictions.from_scores(base + rng.normal(size=(n, d, 4)), gold, subjects=task)
+
+
+@pytest.fixture
+def run():
+    tasks = {task: predictions(task, seed, d) for task, seed, d in (("a", 0, 60), ("b", 1, 90), ("c", 2, 50))}
+    return Run("run", "", {"model": "hf"}, tasks, {"ab": ("a", "b")})
+
+
+def test_groups_are_pooled_and_macro_stands_beside(run):
+    result = evaluate_uncertainty(run, settings=QUICK)
+    assert list(result.tasks) == ["ab", "c", "a", "b"]
+    group = result.tasks["ab"]
+    pooled = Battery(run.predictions("ab"))(np.ones((1, 150)))
+    each = [Battery(run.tasks[t])(np.ones((1, run.tasks[t].n_documents))) for t in "ab"]
+    assert group.clustered
+    assert group.documents == 150
+    for metric in METRICS:
+        assert group.metrics[metric].ensemble.value == pytest.approx(pooled[metric][0])
+        assert group.metrics[metric].macro.value == pytest.approx(np.mean([e[metric][0] for e in each]))
+    assert result.tasks["a"].metrics["ece"].macro is None
+
+
+def test_ensemble_members_and_their_difference(run):
+    found = evaluate_uncertainty(run, settings=QUICK).tasks["c"].metrics["nll"]
+    every = np.ones((1, 50))
+    singles = [Battery(run.tasks["c"].only([m]))(every)["nll"][0] for m in range(3)]
+    assert found.members == pytest.approx(singles)
+    assert found.member_mean.value == pytest.approx(np.mean(singles))
+    assert found.difference.value == pytest.approx(found.ensemble.value - np.mean(singles))
+    assert found.difference.quoted[1] < 0
+
+
+def test_out_of_domain_and_calibration_tasks(run):
+    result = evaluate_uncertainty(run, ood=["c"], calibrate="a", settings=QUICK)
+    assert list(result.detection) == ["ab"]
+    assert set(result.detection["ab"]["c"]) == {
+        "max_probability",
+        "entropy",
+        "expected_entropy",
+        "mutual_information",
+    }
+    assert set(result.recalibration) == {"b", "c"}
+    first = result.recalibration["b"][0]
+    assert first.order == "pool_then_calibrate"
+    assert first.change["accuracy"].value == 0
+    with pytest.raises(EnsembleError, match="no samples of 'x'"):
+        evaluate_uncertainty(run, ood=["x"], settings=QUICK)
+    with pytest.raises(EnsembleError, match="no task besides"):
+        evaluate_uncertainty(run, ood=["ab", "c"], settings=QUICK)
+
+
+def test_a_task_without_gold_answers_can_still_be_out_of_domain(run):
+    c = run.tasks["c"]
+    blind = Predictions(c.log_probabilities, c.counts, None, c.subjects, c.documents, "not logged")
+    result = evaluate_uncertainty(Run("run", "", {}, {**run.tasks, "c": blind}), ood=["c"], settings=QUICK)
+    assert "not logged" in result.skipped["c"]
+    assert "c" in result.detection["a"]
+
+
+def test_the_same_seed_gives_the_same_result_and_json_is_strict(run):
+    one, two = (evaluate_uncertainty(run, settings=QUICK).to_dict() for _ in range(2))
+    text = json.dumps(one, allow_nan=False)
+    assert text == json.dumps(two, allow_nan=False)
+
+
+def test_runs_compared_on_the_same_documents_only(run):
+    noisy = {
+        task: p.with_log_probabilities(np.log(choice_probabilities(p.log_probabilities * 0.3)))
+        for task, p in run.tasks.items()
+    }
+    other = Run("other", "", {}, noisy)
+    compared = compare_runs(other, run, QUICK)
+    assert set(compared) == {"a", "b", "c"}
+    found = compared["a"]
+    assert found.difference["confidence"].value < 0
+    assert 0 < found.total_variation.value < 1
+    same = compare_runs(run, run, QUICK)["a"]
+    assert same.agreement.value == 1
+    assert all(math.isnan(e.value) or e.value == 0 for e in same.difference.values())
+    with pytest.raises(EnsembleError, match="same documents"):
+        compare_runs(run, Run("short", "", {}, {"a": run.tasks["a"].take(np.arange(10))}), QUICK)
+    with pytest.raises(EnsembleError, match="no task in common"):
+        compare_runs(run, Run("else", "", {}, {"z": run.tasks["a"]}), QUICK)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng = np.random.default_rng(0)
+    for task in ("a", "b"):
+        with (tmp_path / f"samples_{task}_2026-01-02T03-04-05.6.jsonl").open("w") as stream:
+            for d in range(30):
+                line = {
+                    "doc_id": d,
+                    "target": "1",
+                    "members": rng.normal(size=(3, 4)).tolist(),
+                    "arguments": {},
+                }
+                stream.write(json.dumps(line) + "\n")
+    return tmp_path
+
+
+def test_the_command_prints_a_table_and_writes_json(folder, capsys):
+    out = folder / "out.json"
+    arguments = ["analyse", str(folder), "--ood", "b", "--calibrate", "b", "--resamples", "20"]
+    assert cli.main([*arguments, "--json", str(out), "--bins", "10"]) == 0
+    printed = capsys.readouterr().out
+    for words in ("a: 30 documents", "ece ↓", "10 bins", "Out-of-domain", "calibrate_then_pool", "conformal"):
+        assert words in printed
+    written = json.loads(out.read_text(encoding="utf-8"))
+    found = written["runs"][0]
+    assert found["members"] == 3
+    assert found["settings"]["resamples"] == 20
+    assert found["tasks"]["a"]["metrics"]["nll"]["ensemble"]["value"] > 0
+    assert [p.name for p in folder.glob(".*")] == []
+
+
+def test_the_command_says_what_is_wrong_in_one_line(folder, capsys):
+    for arguments, words in (
+        ([str(folder / "none")], "neither a folder"),
+        ([str(folder), "--ood", "z"], "no samples of 'z'"),
+        ([str(folder), "--json", str(folder / "no" / "x.json")], "create it first"),
+        ([str(folder), "--bins", "0", "--resamples", "2"], "at least one bin"),
+    ):
+        assert cli.main(["analyse", *arguments]) == 2
+        captured = capsys.readouterr()
+        assert words in captured.err
+        assert captured.err.count("\n") == 1
+
+
+def test_a_second_run_is_compared_with_the_first(folder, tmp_path, capsys):
+    other = tmp_path / "again"
+    other.mkdir()
+    for path in folder.glob("samples_*"):
+        (other / path.name.replace("03-04", "04-04")).write_bytes(path.read_bytes())
+    first = folder / "samples_a_2026-01-02T03-04-05.6.jsonl"
+    second = next(other.glob("samples_a_*"))
+    assert cli.main(["analyse", str(first), str(second), "--resamples", "20"]) == 0
+    assert "paired" in capsys.readouterr().out
