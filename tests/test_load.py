@@ -8,7 +8,7 @@ import numpy as np
 import psutil
 import pytest
 from lm_eval.api.model import CachingLM
-from test_backend import instances, lora
+from test_model import instances, lora
 
 N_REQUESTS = 20_000
 

@@ -17,7 +17,7 @@ from harness_tasks import write_tasks
 from lm_eval import simple_evaluate
 from lm_eval.api.model import CachingLM
 from lm_eval.tasks import TaskManager
-from test_backend import PAIRS, instances, lora
+from test_model import PAIRS, instances, lora
 
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.scoring.finite import NonFiniteScoreError
