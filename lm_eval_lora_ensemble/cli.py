@@ -12,7 +12,13 @@ import os
 import sys
 from collections.abc import Sequence
 
-from lm_eval_lora_ensemble.errors import EXIT_CODE, EnsembleError, Interruption, one_line
+from lm_eval_lora_ensemble.errors import (
+    EXIT_CODE,
+    INTERRUPTED_EXIT_CODE,
+    EnsembleError,
+    error_line,
+    interruption_line,
+)
 
 VERBS: dict[str, tuple[str, str]] = {
     "quickstart": (
@@ -66,15 +72,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(importlib.import_module(VERBS[arguments.verb][0]).run(arguments))
     except EnsembleError as error:
-        print(f"lora-ensemble: error: {one_line(error)}", file=sys.stderr)
+        print(error_line(error), file=sys.stderr)
         return EXIT_CODE
     except BrokenPipeError:
         # the reader of our output went away, as `| head` does; what Python flushes at exit must not complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except KeyboardInterrupt:
-        print(Interruption.line(), file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        print(interruption_line(stop), file=sys.stderr)
+        return INTERRUPTED_EXIT_CODE
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from lm_eval.models.huggingface import HFLM
 
 from lm_eval_lora_ensemble.harness.model import LoraEnsembleLM
 from lm_eval_lora_ensemble.scoring import plan as planning
-from lm_eval_lora_ensemble.scoring.packed import PackedScorer
+from lm_eval_lora_ensemble.scoring.packed import PackedScorer, Work
 from lm_eval_lora_ensemble.scoring.plain import score_plain
 from lm_eval_lora_ensemble.scoring.plan import make_plan
 from lm_eval_lora_ensemble.tree.requests import TokenRequest, truncate
@@ -90,21 +90,19 @@ def test_random_tries_score_as_the_plain_path(model, requests, budget, small):
 
 @settings(max_examples=100, deadline=None)
 @given(requests=request_lists(), small=st.booleans())
-def test_every_sequence_is_in_exactly_one_row_and_no_row_attends_sideways(requests, small):
+def test_every_sequence_is_in_exactly_one_row(requests, small):
     trie = PrefixTrie(requests)
     stack, seen = [make_plan(trie, **(SMALL_TREES if small else {}))], []
     while stack:
         stem = stack.pop()
         stack.extend(stem.children)
-        for row in stem.rows:
-            laid_out = lay_out(trie, row)
-            assert laid_out.tokens.shape == (row.length,)
-            for i, path in laid_out.paths.items():
+        for subtree in stem.subtrees:
+            row = lay_out(trie, subtree.start, subtree.stop, subtree.depth)
+            assert len(row) == subtree.length
+            for i, path in row.paths.items():
                 seen.append(i)
-                assert tuple(laid_out.tokens[path]) == trie.sequences[i][row.depth :]
-                assert laid_out.depths[path].tolist() == list(range(row.depth, trie.lengths[i]))
-                if laid_out.mask is not None and len(path):
-                    assert sorted(np.flatnonzero(laid_out.mask[path[-1]])) == sorted(path)
+                assert tuple(row.tokens[path]) == trie.sequences[i][subtree.depth :]
+                assert row.positions[path].tolist() == list(range(subtree.depth, trie.lengths[i]))
     assert sorted(seen) == list(range(len(trie.sequences)))
 
 
@@ -203,9 +201,12 @@ def test_greedy_that_no_member_alone_decides(model):
     assert all(score.is_greedy for score in scores.values())
 
 
+def encoded(requests: list[TokenRequest]) -> list:
+    return [(None, [*r.tokens, 0][: -len(r.targets)], list(r.targets)) for r in requests]
+
+
 def run(model: LoraEnsembleLM, requests: list[TokenRequest]) -> list:
-    encoded = [(None, [*r.tokens, 0][: -len(r.targets)], list(r.targets)) for r in requests]
-    return model._loglikelihood_tokens(encoded, disable_tqdm=True)
+    return model._loglikelihood_tokens(encoded(requests), disable_tqdm=True)
 
 
 def test_out_of_memory_halves_the_budget(model, monkeypatch, caplog):
@@ -214,7 +215,7 @@ def test_out_of_memory_halves_the_budget(model, monkeypatch, caplog):
     original = model._packed_model._run
 
     def fails_above_100_tokens(batch, *args, **kwargs):
-        if batch.input_ids.shape[0] > 1 and batch.n_computed > 100:
+        if batch.rows.input_ids.shape[0] > 1 and batch.n_computed > 100:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(batch, *args, **kwargs)
 
@@ -227,15 +228,20 @@ def test_out_of_memory_halves_the_budget(model, monkeypatch, caplog):
 
 def test_a_sliding_window_in_reach_takes_the_plain_path(tmp_path, caplog):
     base = tiny_model(tmp_path / "tiny-mistral", "mistral", sliding_window=32)
-    model = LoraEnsembleLM(adapters=str(random_adapters(base, tmp_path / "e", 2)), device="cpu", batch_size=4)
+    adapters = random_adapters(base, tmp_path / "e", 2)
+    model = LoraEnsembleLM(adapters=str(adapters), device="cpu", batch_size=4)
     short, long = few_shot_requests(1)[:1], few_shot_requests(2)
     with caplog.at_level(logging.WARNING):
         run(model, [TokenRequest(short[0].tokens[:20], short[0].targets)])
-        assert "request by request" not in caplog.text
+        assert model.work.n_computed and "request by request" not in caplog.text
+        model.work = Work()
         found = run(model, long)
         assert "beyond the sliding window of 32" in caplog.text
-    for (value, greedy), score in zip(found, plain(model, long).values(), strict=False):
-        assert value.members.shape == score.loglikelihoods.shape and isinstance(greedy, bool)
+    assert not model.work.n_computed  # no packed pass ran
+    for member in range(2):
+        theirs = HFLM(pretrained=str(base), peft=str(adapters / f"member_{member:02d}"), device="cpu")
+        expected = [value for value, _ in theirs._loglikelihood_tokens(encoded(long), disable_tqdm=True)]
+        np.testing.assert_allclose([v.members[member] for v, _ in found], expected, atol=1e-4)
 
 
 def test_a_model_that_packed_rows_would_get_wrong_is_found_out(llama, ensemble, monkeypatch, caplog):

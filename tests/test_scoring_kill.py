@@ -15,6 +15,7 @@ import pytest
 from conftest import n_stored, random_adapters
 from harness_tasks import write_tasks
 
+from lm_eval_lora_ensemble import errors
 from lm_eval_lora_ensemble.harness.model import LoraEnsembleLM
 
 HARNESS = Path(__file__).with_name("scoring_kill_harness.py")
@@ -111,7 +112,9 @@ def test_ctrl_c_stops_at_once_and_says_what_is_saved(ensemble, tmp_path):
     assert not runs(tmp_path / "out")
 
 
-def test_ctrl_c_without_a_cache_says_what_would_have_helped(ensemble, capsys):
+def test_ctrl_c_without_a_cache_says_what_would_have_helped(ensemble, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(errors, "_is_command", lambda: True)
     LoraEnsembleLM(adapters=str(ensemble), device="cpu")
     sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
     assert "nothing was saved; with --use_cache PATH, a run goes on where it was" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from train_fixtures import make_model, make_recipe, make_task, one_thread, quick
 from lm_eval_lora_ensemble.train import base, examples
 from lm_eval_lora_ensemble.train.examples import Choice, Example
 from lm_eval_lora_ensemble.train.head import ScoredHead
-from lm_eval_lora_ensemble.train.layout import Layout, tree, use_tree_rows
+from lm_eval_lora_ensemble.train.layout import Layout
 from lm_eval_lora_ensemble.train.objective import (
     TokenLoglikelihoods,
     document_losses,
@@ -19,6 +19,7 @@ from lm_eval_lora_ensemble.train.objective import (
     squared_norm_of_product,
 )
 from lm_eval_lora_ensemble.train.order import Order
+from lm_eval_lora_ensemble.train.tree import why_no_tree_rows
 
 VARYING = {
     "doc_to_text": "gold",
@@ -42,7 +43,7 @@ def loaded(request, tmp_path_factory):
 def test_loglikelihoods_equal_lm_evals(loaded, task, use_tree):
     folder, model = loaded
     data = examples.load(make_recipe(folder, task=task, train_limit=7), model).training
-    layout = Layout(data, gold_only=False, use_tree=use_tree)
+    layout = Layout(data, gold_only=False, use_tree=use_tree, dtype=torch.float32)
     batch = layout.batch([range(7)], max(layout.lengths()) + 3, torch.device("cpu"))
     with torch.no_grad():
         mine = loglikelihoods(ScoredHead(model.model).logits(batch), batch)[0]
@@ -56,13 +57,26 @@ def test_loglikelihoods_equal_lm_evals(loaded, task, use_tree):
         assert batch.is_choice[0, d].sum() == len(theirs)
 
 
-def test_tree_rows_hold_the_context_once():
+def document(choices: list[Choice]):
+    layout = Layout(
+        [Example("t", 0, tuple(choices), (0,))], gold_only=False, use_tree=True, dtype=torch.float32
+    )
+    return layout.documents[0]
+
+
+def test_tree_rows_hold_every_position_once():
     context = (5, 6, 7, 8)
-    row = tree([Choice(context, (1, 2)), Choice(context, (3,)), Choice(context, (1, 4, 9))])
-    assert row.tokens == (5, 6, 7, 8, 1, 1, 4)  # an answer's last token is predicted, not read
-    assert row.positions == (0, 1, 2, 3, 4, 4, 5)
-    assert row.branches == (0, 0, 0, 0, 1, 3, 3)
-    assert row.targets == (((3, 1), (4, 2)), ((3, 3),), ((3, 1), (5, 4), (6, 9)))
+    laid_out = document([Choice(context, (1, 2)), Choice(context, (3,)), Choice(context, (1, 4, 9))])
+    (row,) = laid_out.rows
+    # an answer's last token is predicted, not read, and the second 1 is the first
+    assert row.tokens.tolist() == [5, 6, 7, 8, 1, 4]
+    assert row.positions.tolist() == [0, 1, 2, 3, 4, 5]
+    assert row.end.tolist() == [6, 6, 6, 6, 6, 6]
+    assert laid_out.targets == (
+        ((0, 3, 1), (0, 4, 2)),
+        ((0, 3, 3),),
+        ((0, 3, 1), (0, 4, 4), (0, 5, 9)),
+    )
 
 
 @settings(max_examples=60)
@@ -78,39 +92,55 @@ def test_tree_rows_hold_the_context_once():
 )
 def test_every_target_of_a_tree_sees_its_own_sequence(pairs):
     choices = [Choice(tuple(context), tuple(continuation)) for context, continuation in pairs]
-    row = tree(choices)
+    laid_out = document(choices)
+    (row,) = laid_out.rows
     for c, choice in enumerate(choices):
         sequence = choice.context + choice.continuation
-        for i, (position, token) in enumerate(row.targets[c]):
-            seen = [
-                row.tokens[k] for k in range(position + 1) if row.branches[k] in (0, row.branches[position])
-            ]
+        for i, (_, place, token) in enumerate(laid_out.targets[c]):
+            seen = [int(row.tokens[k]) for k in range(place + 1) if place < row.end[k]]
             length = len(choice.context) + i
             assert tuple(seen) == sequence[:length]
-            assert row.positions[position] == length - 1
+            assert row.positions[place] == length - 1
             assert token == sequence[length]
 
 
-def test_a_window_or_another_attention_means_ordinary_rows(loaded):
+def test_a_row_is_a_function_of_its_document_alone():
+    """Else a member trained in other company would see other rows."""
+    one, other = (
+        [Choice((1, 2), (3, 4)), Choice((1, 2), (3, 5))],
+        [Choice((1, 2), (3, 9)), Choice((7,), (8,))],
+    )
+    together = Layout(
+        [Example("t", i, tuple(c), (0,)) for i, c in enumerate((one, other))],
+        gold_only=False,
+        use_tree=True,
+        dtype=torch.float32,
+    )
+    for laid_out, choices in zip(together.documents, (one, other), strict=True):
+        assert laid_out.targets == document(choices).targets
+        np.testing.assert_array_equal(laid_out.rows[0].tokens, document(choices).rows[0].tokens)
+
+
+def test_a_window_or_nothing_to_share_means_ordinary_rows(loaded):
     _, model = loaded
     choice = Choice(tuple(range(9)), (1, 2))
     data = [Example("t", 0, (choice, choice), (0,))]
     config = model.model.config
     window = getattr(config, "sliding_window", None)
-    assert use_tree_rows(model.model, data)
+    assert why_no_tree_rows(model, data) is None
     try:
         config.sliding_window = 5
-        assert not use_tree_rows(model.model, data)
+        assert "beyond the sliding window of 5" in why_no_tree_rows(model, data)
     finally:
         config.sliding_window = window
     single = [Example("t", 0, (choice,), (0,))]
-    assert not use_tree_rows(model.model, single)  # nothing to share
+    assert why_no_tree_rows(model, single) == "the choices share no tokens"
 
 
 def test_a_one_letter_answer_has_the_papers_loss(loaded):
     _folder, model = loaded
     letters = [Example("t", i, (Choice((3, 4, 5 + i), (7 + i,)),), (0,)) for i in range(4)]
-    layout = Layout(letters, gold_only=True, use_tree=True)
+    layout = Layout(letters, gold_only=True, use_tree=True, dtype=torch.float32)
     batch = layout.batch([range(4)], 8, torch.device("cpu"))
     lls = loglikelihoods(ScoredHead(model.model).logits(batch), batch)
     loss = document_losses(lls, batch, "answer").mean()
@@ -123,7 +153,7 @@ def test_a_one_letter_answer_has_the_papers_loss(loaded):
 def test_choices_loss_is_cross_entropy_over_the_choices(loaded):
     folder, model = loaded
     data = examples.load(make_recipe(folder, train_limit=6), model).training
-    layout = Layout(data, gold_only=False, use_tree=True)
+    layout = Layout(data, gold_only=False, use_tree=True, dtype=torch.float32)
     batch = layout.batch([range(6)], max(layout.lengths()), torch.device("cpu"))
     lls = torch.randn(1, 6, layout.choices)
     losses = document_losses(lls, batch, "choices")

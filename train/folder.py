@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from lm_eval_lora_ensemble.disk import checksums, copy_file, write_folder, write_json, write_text, writing
 from lm_eval_lora_ensemble.ensemble.manifest import FILE_NAME as MANIFEST
 from lm_eval_lora_ensemble.ensemble.manifest import Manifest, MemberEntry
-from lm_eval_lora_ensemble.errors import EnsembleError, Interruption
+from lm_eval_lora_ensemble.errors import EnsembleError, Interrupted
 from lm_eval_lora_ensemble.train import recipe as recipes
 from lm_eval_lora_ensemble.train.card import library_versions
 from lm_eval_lora_ensemble.train.recipe import Recipe
@@ -103,11 +103,10 @@ class EnsembleFolder:
                     self._discard(everything=created)
                 raise
             except KeyboardInterrupt:
-                Interruption.says = lambda: (
+                raise Interrupted(
                     f"finished epochs and the last checkpoint are kept in {self.path}; the same command goes on "
                     "from there"
-                )
-                raise
+                ) from None
 
     def begin(self) -> None:
         """Write the recipe, which from now on guards the folder."""

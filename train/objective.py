@@ -30,9 +30,10 @@ class TokenLoglikelihoods(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Return the loglikelihoods in nats, of the indices' shape."""
-        normaliser = logits.float().logsumexp(-1)
+        wide = _at_least_float32(logits)
+        normaliser = wide.logsumexp(-1)
         ctx.save_for_backward(logits, normaliser, output, target)
-        return logits[output, target].float() - normaliser[output]
+        return _at_least_float32(logits[output, target]) - normaliser[output]
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -40,9 +41,13 @@ class TokenLoglikelihoods(torch.autograd.Function):
         logits, normaliser, output, target = ctx.saved_tensors
         rows, columns, values = output.flatten(), target.flatten(), gradients[0].flatten()
         of_row = torch.zeros_like(normaliser).index_put_((rows,), values, accumulate=True)
-        grad = (logits.float() - normaliser[:, None]).exp_().mul_(-of_row[:, None])
+        grad = (_at_least_float32(logits) - normaliser[:, None]).exp_().mul_(-of_row[:, None])
         grad.index_put_((rows, columns), values, accumulate=True)
         return grad.to(logits.dtype), None, None
+
+
+def _at_least_float32(values: torch.Tensor) -> torch.Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def document_losses(lls: torch.Tensor, batch: Batch, objective: str) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,14 +17,17 @@ from lm_eval_lora_ensemble.train.card import model_card
 from lm_eval_lora_ensemble.train.checkpoint import Checkpoints
 from lm_eval_lora_ensemble.train.engine import learning_rate
 from lm_eval_lora_ensemble.train.joint import JointEngine
-from lm_eval_lora_ensemble.train.layout import Layout, use_tree_rows
+from lm_eval_lora_ensemble.train.layout import Layout
 from lm_eval_lora_ensemble.train.metrics import assemble
 from lm_eval_lora_ensemble.train.order import Order
 from lm_eval_lora_ensemble.train.plain import PlainEngine
 from lm_eval_lora_ensemble.train.trackers import Trackers
+from lm_eval_lora_ensemble.train.tree import failed_trial, why_no_tree_rows
 from lm_eval_lora_ensemble.train.validation import Validation
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
     from lm_eval_lora_ensemble.train.engine import Engine
@@ -73,7 +76,8 @@ class Trainer:
         self.layout = Layout(
             data.training,
             gold_only=recipe.objective == "answer",
-            use_tree=use_tree_rows(self.base.model, data.training),
+            use_tree=recipe.objective == "choices" and self._use_tree(data.training),
+            dtype=self.base.model.dtype,
         )
         self.order = Order(
             self.layout.lengths(),
@@ -85,8 +89,12 @@ class Trainer:
         )
         self.validation = None
         if data.validation:
-            use_tree = use_tree_rows(self.base.model, data.validation)
-            self.validation = Validation(data.validation, recipe.batch_size, use_tree=use_tree)
+            self.validation = Validation(
+                data.validation,
+                recipe.batch_size,
+                use_tree=self._use_tree(data.validation),
+                dtype=self.base.model.dtype,
+            )
         steps = self.order.steps_per_epoch * recipe.epochs
         self.total_steps = min(steps, recipe.max_steps or steps)
         self.progress = {name: Progress() for name in members}
@@ -94,6 +102,16 @@ class Trainer:
         self.tokens = 0  # input tokens of this process, for the progress bar
         self.engine = self._engine()
         self.checkpoints = Checkpoints(folder.scratch, recipe.keep_checkpoints)
+
+    def _use_tree(self, documents: Sequence[examples.Example]) -> bool:
+        reason = why_no_tree_rows(self.base, documents) or self._failed_trial
+        if reason:
+            log.info("Training and measuring on one row a choice: %s", reason)
+        return reason is None
+
+    @cached_property
+    def _failed_trial(self) -> str | None:
+        return failed_trial(self.base)
 
     def _engine(self) -> Engine:
         """Attach the members' adapters, and choose how they are trained."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,9 @@ from lm_eval_lora_ensemble.train.engine import Engine
 from lm_eval_lora_ensemble.train.examples import Example
 from lm_eval_lora_ensemble.train.layout import Layout
 from lm_eval_lora_ensemble.train.order import round_up
+
+if TYPE_CHECKING:
+    import torch
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -22,10 +26,13 @@ class Validation:
         examples: the documents.
         batch_size: documents a forward pass, for each member.
         use_tree: see :class:`Layout`.
+        dtype: see :class:`Layout`.
     """
 
-    def __init__(self, examples: Sequence[Example], batch_size: int, *, use_tree: bool) -> None:
-        self.layout = Layout(examples, gold_only=False, use_tree=use_tree)
+    def __init__(
+        self, examples: Sequence[Example], batch_size: int, *, use_tree: bool, dtype: torch.dtype
+    ) -> None:
+        self.layout = Layout(examples, gold_only=False, use_tree=use_tree, dtype=dtype)
         self.batch_size = batch_size
         self.is_gold = np.zeros((len(examples), self.layout.choices), dtype=bool)
         for d, example in enumerate(examples):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 from collections.abc import MutableMapping
 from typing import Any
 
-from lm_eval_lora_ensemble.errors import EnsembleError, Interruption
+from lm_eval_lora_ensemble.errors import EnsembleError
 
 # lm-eval's own keys are hexadecimal sha256 digests, so this can be none of them
 OWNER_KEY = "lora-ensemble owner"
+# module of 0.1 -> module of today
+_MOVED = {"lm_eval_lora_ensemble.mixture": "lm_eval_lora_ensemble.scoring.loglikelihood"}
 
 
 def claim_cache(cache: MutableMapping[str, Any], identity: dict[str, Any]) -> None:
@@ -39,19 +43,31 @@ def claim_cache(cache: MutableMapping[str, Any], identity: dict[str, Any]) -> No
         )
 
 
-def announce_when_interrupted(cache: MutableMapping[str, Any] | None) -> None:
-    """Let Ctrl-C say how much of the run is in the cache, or that there is none.
+def saved_scores(cache: MutableMapping[str, Any] | None) -> str:
+    """Say how much of a run is in the cache, or that there is none: the answer to Ctrl-C.
 
     Args:
         cache: lm-eval's key-value store, in which every score is committed as it is made.
     """
     if cache is None:
-        Interruption.says = lambda: (
-            "nothing was saved; with --use_cache PATH, a run goes on where it was stopped"
-        )
-        return
+        return "nothing was saved; with --use_cache PATH, a run goes on where it was stopped"
     path = getattr(cache, "filename", "the cache")
-    Interruption.says = lambda: (
+    return (
         f"{len(cache) - 1} scored requests are saved in {path}; the same command with the same --use_cache goes on "
         "from there"
     )
+
+
+def read_older_scores(cache: Any) -> None:
+    """Let a cache be read that an earlier release wrote: its pickles name classes by the addresses of that time.
+
+    Args:
+        cache: lm-eval's ``SqliteDict``, or another store, which is left alone.
+    """
+    if hasattr(cache, "decode"):
+        cache.decode = lambda stored: _Unpickler(io.BytesIO(bytes(stored))).load()
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        return super().find_class(_MOVED.get(module, module), name)

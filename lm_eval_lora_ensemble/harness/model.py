@@ -21,19 +21,20 @@ from lm_eval_lora_ensemble.ensemble.members import (
     refuse_missing_folder,
 )
 from lm_eval_lora_ensemble.ensemble.tokenizer import check_tokenizers
-from lm_eval_lora_ensemble.errors import EnsembleError, install_excepthook
-from lm_eval_lora_ensemble.harness.cache import announce_when_interrupted, claim_cache
+from lm_eval_lora_ensemble.errors import EnsembleError, shorten_errors_of_command
+from lm_eval_lora_ensemble.harness.cache import claim_cache, read_older_scores, saved_scores
 from lm_eval_lora_ensemble.harness.provenance import device_name, recipe_of, versions
 from lm_eval_lora_ensemble.harness.saving import save_runs_whole
 from lm_eval_lora_ensemble.harness.tasks import extend_tasks
 from lm_eval_lora_ensemble.precision import has_fast_bfloat16
-from lm_eval_lora_ensemble.scoring.finite import NonFiniteScoreError, check_finite
-from lm_eval_lora_ensemble.scoring.forward import PackedModel
-from lm_eval_lora_ensemble.scoring.loglikelihood import AVERAGES, Average, EnsembleLoglikelihood
+from lm_eval_lora_ensemble.scoring.finite import NonFiniteScoreError, refuse_nonfinite_score
+from lm_eval_lora_ensemble.scoring.forward import PackedModel, shared_layers
+from lm_eval_lora_ensemble.scoring.loglikelihood import AVERAGES, Average, EnsembleLoglikelihood, Score
 from lm_eval_lora_ensemble.scoring.packed import PackedScorer, Work
 from lm_eval_lora_ensemble.scoring.plain import Batch, score_plain
-from lm_eval_lora_ensemble.tree.requests import Score, TokenRequest, truncate
-from lm_eval_lora_ensemble.tree.support import shared_layers, trial_error, why_not
+from lm_eval_lora_ensemble.tree.requests import TokenRequest, truncate
+from lm_eval_lora_ensemble.tree.support import why_no_tree
+from lm_eval_lora_ensemble.tree.trial import trial_error
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -46,7 +47,6 @@ MIN_TOKENS = 1024
 AUTO_TOKENS = {"cpu": 4096, "accelerator": 16384}
 
 logger = logging.getLogger(__name__)
-install_excepthook()
 
 
 class LoraEnsembleLM(HFLM):
@@ -79,6 +79,7 @@ class LoraEnsembleLM(HFLM):
         allow_base_mismatch: bool = False,
         **kwargs: Any,
     ) -> None:
+        shorten_errors_of_command(self._saved)
         for refused in ("peft", "delta"):
             if kwargs.get(refused):
                 raise EnsembleError(
@@ -116,7 +117,6 @@ class LoraEnsembleLM(HFLM):
                 )
         extend_tasks(enabled=bool(uncertainty_metrics))
         save_runs_whole()
-        announce_when_interrupted(None)
 
     @property
     def n_members(self) -> int:
@@ -182,9 +182,14 @@ class LoraEnsembleLM(HFLM):
             EnsembleError: the cache holds scores of another model; it is left as it is.
         """
         if cache_hook.dbdict is not None:
+            read_older_scores(cache_hook.dbdict)
             claim_cache(cache_hook.dbdict, self._identity())
-        announce_when_interrupted(cache_hook.dbdict)
         super().set_cache_hook(cache_hook)
+
+    def _saved(self) -> str:
+        """Say what of the run is saved, should it be stopped now."""
+        hook = getattr(self, "cache_hook", None)
+        return saved_scores(getattr(hook, "dbdict", None))
 
     def _identity(self) -> dict[str, Any]:
         """What a score depends on besides the request."""
@@ -305,7 +310,7 @@ class LoraEnsembleLM(HFLM):
         )
         with bar, torch.inference_mode():
             for i, score in self._scores(requests, override_bs):
-                check_finite(i, score.loglikelihoods, names, self.model.dtype)
+                refuse_nonfinite_score(i, score.loglikelihoods, names, self.model.dtype)
                 value = EnsembleLoglikelihood.average(score.loglikelihoods, self.average)
                 results[i] = (value, score.is_greedy)
                 texts = requests[i][0]
@@ -325,7 +330,7 @@ class LoraEnsembleLM(HFLM):
         if not tokens:
             return
         longest = max(len(request.tokens) for request in tokens)
-        reason = why_not(self.model, longest) or self._packed_trial
+        reason = why_no_tree(self.model, longest) or self._packed_trial
         if reason is None:
             scorer = PackedScorer(
                 self._packed_model,
@@ -354,9 +359,28 @@ class LoraEnsembleLM(HFLM):
 
     @functools.cached_property
     def _packed_trial(self) -> str | None:
-        """Why the packed path is not exact here, found by trying; None if it is."""
-        with self._autocast():
-            error = trial_error(self._packed_model, self._activate, self._whole_logits, self.n_members)
+        """Why the packed path is not exact here, found by trying with the last member; None if it is."""
+        last = self.n_members - 1
+        scorer = PackedScorer(
+            self._packed_model,
+            lambda _: self._activate(last),
+            n_members=1,
+            token_budget=64,
+            plan_options={"max_tree_tokens": 20, "min_stem_tokens": 4},
+        )
+
+        def rows(requests: Sequence[TokenRequest]) -> list[float]:
+            scores = dict(scorer.score(requests))
+            return [float(scores[i].loglikelihoods[0]) for i in range(len(requests))]
+
+        with self._autocast(), torch.inference_mode():
+            error = trial_error(
+                rows,
+                self._whole_logits,
+                self.model,
+                self.mixed_precision_dtype or self._packed_model.dtype,
+                self._packed_model.head.weight.shape[0],
+            )
         if error is None:
             return None
         return f"packed rows differ from whole sequences by {error:.2g} nats a token in a trial"

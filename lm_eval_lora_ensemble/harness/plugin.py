@@ -1,15 +1,13 @@
 """How the plugin reaches lm-eval: a lazily loaded model name, and one more folder of tasks.
 
-Called once lm-eval's own modules have executed, by the start-up hook (:mod:`._autoload`) or by
+Called once lm-eval's own modules have executed, by the start-up hook (:mod:`.._autoload`) or by
 ``python -m lm_eval_lora_ensemble``. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 from lm_eval_lora_ensemble.disk import tasks_folder
+from lm_eval_lora_ensemble.harness.patches import show_tasks_folder
 
 MODEL_NAME = "lora-ensemble"
 # Must name the module that defines the class: lm-eval compares this string with the class it loads.
@@ -25,26 +23,5 @@ def register_model() -> None:
 
 
 def add_tasks_folder() -> None:
-    """Let every ``TaskManager`` with default tasks see ours, after lm-eval's and before the user's own.
-
-    Later folders win, so a user's task of the same name is the one that runs.
-    """
-    from lm_eval.tasks.manager import TaskManager
-
-    original = TaskManager.__init__
-    if hasattr(original, "__wrapped__"):
-        return
-
-    @functools.wraps(original)
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        # positional order of TaskManager.__init__: verbosity, include_path, include_defaults, metadata
-        names = ("verbosity", "include_path", "include_defaults", "metadata")
-        kwargs.update(zip(names, args, strict=False))
-        given = kwargs.get("include_path")
-        if kwargs.get("include_defaults", True):
-            theirs = given if isinstance(given, (list, tuple)) else [given] if given else []
-            kwargs["include_path"] = [tasks_folder(), *theirs]
-        original(self, **kwargs)
-        self.include_path = given
-
-    TaskManager.__init__ = init
+    """Let every ``TaskManager`` with default tasks see ours."""
+    show_tasks_folder(tasks_folder)

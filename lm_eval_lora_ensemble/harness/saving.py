@@ -7,60 +7,58 @@ folder beside its destination, and one rename decides: before it nothing was sav
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lm_eval.loggers import EvaluationTracker
 from lm_eval.utils import sanitize_model_name
 
 from lm_eval_lora_ensemble.disk import all_or_nothing
 from lm_eval_lora_ensemble.ensemble.members import DEFAULT_FOLDER
 from lm_eval_lora_ensemble.errors import EnsembleError
+from lm_eval_lora_ensemble.harness import patches
 
 LOCK = ".saving.lock"
 _LONGEST_NAME = 120
 """Characters of a folder's name; a file system takes 255 bytes."""
 
 
-@functools.cache
 def save_runs_whole() -> None:
-    """Wrap the two methods of lm-eval that write files, once; they do what they did for other models' runs."""
-    write_results = EvaluationTracker.save_results_aggregated
-    write_samples = EvaluationTracker.save_results_samples
+    """Let lm-eval's tracker write an ensemble's run whole; other models' runs are written as before."""
+    patches.save_by(_save_results, _save_samples)
 
-    @functools.wraps(write_results)
-    def save_results_aggregated(
-        self: Any, results: dict[str, Any], samples: dict[str, list[Any]] | None = None
-    ) -> None:
-        self._samples_saved = set()
-        if not self.output_path or "lora_ensemble" not in results.get("config", {}):
-            write_results(self, results, samples)
-            return
 
-        _name_by_adapters(self.general_config_tracker, results["config"])
+def _save_results(
+    write_results: Callable[..., None],
+    write_samples: Callable[..., None],
+    tracker: Any,
+    results: dict[str, Any],
+    samples: dict[str, list[Any]] | None,
+) -> None:
+    tracker._samples_saved = set()
+    if not tracker.output_path or "lora_ensemble" not in results.get("config", {}):
+        write_results(tracker, results, samples)
+        return
 
-        def write() -> None:
-            write_results(self, results, samples)
-            for task, rows in (samples or {}).items():
-                # it replaces values of the samples that it is given
-                write_samples(self, task, [dict(row) for row in rows])
+    _name_by_adapters(tracker.general_config_tracker, results["config"])
 
-        _save(self, write, {task: len(rows) for task, rows in (samples or {}).items()})
-        self._samples_saved = set(samples or {})
+    def write() -> None:
+        write_results(tracker, results, samples)
+        for task, rows in (samples or {}).items():
+            # it replaces values of the samples that it is given
+            write_samples(tracker, task, [dict(row) for row in rows])
 
-    @functools.wraps(write_samples)
-    def save_results_samples(self: Any, task_name: str, samples: list[Any]) -> None:
-        if task_name in getattr(self, "_samples_saved", ()):
-            self._samples_saved.remove(task_name)
-        else:
-            write_samples(self, task_name, samples)
+    _save(tracker, write, {task: len(rows) for task, rows in (samples or {}).items()})
+    tracker._samples_saved = set(samples or {})
 
-    EvaluationTracker.save_results_aggregated = save_results_aggregated
-    EvaluationTracker.save_results_samples = save_results_samples
+
+def _save_samples(write_samples: Callable[..., None], tracker: Any, task: str, samples: list[Any]) -> None:
+    if task in getattr(tracker, "_samples_saved", ()):
+        tracker._samples_saved.remove(task)
+    else:
+        write_samples(tracker, task, samples)
 
 
 def _name_by_adapters(tracker: Any, config: dict[str, Any]) -> None:

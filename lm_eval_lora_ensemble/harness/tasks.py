@@ -20,13 +20,13 @@ from typing import Any
 import lm_eval.tasks
 import numpy as np
 import numpy.typing as npt
-from lm_eval.api.group import Group
 from lm_eval.api.metrics import mean
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.config.group import AggMetricConfig
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from lm_eval_lora_ensemble.errors import EnsembleError
+from lm_eval_lora_ensemble.harness import patches
 from lm_eval_lora_ensemble.metrics import choices
 from lm_eval_lora_ensemble.metrics.battery import METRICS, Battery
 from lm_eval_lora_ensemble.metrics.calibration import expected_calibration_error, rms_calibration_error
@@ -262,16 +262,9 @@ def extend_tasks(*, enabled: bool) -> None:
     Args:
         enabled: whether the model of the run wants them; asked anew by each ``lora-ensemble`` model.
     """
-    _install()
     _Switch.enabled = enabled
-
-
-def _directions(state: UncertaintyState) -> dict[str, bool]:
-    directions = dict.fromkeys(LOWER_IS_BETTER, False)
-    for name in state.metrics:
-        if METRICS[name].direction:
-            directions[name] = METRICS[name].direction == "higher"
-    return directions
+    patches.extend_stock_tasks(_stock_results, _stock_aggregation, _stock_directions)
+    patches.extend_group_rows(_extend_group)
 
 
 class _Switch:
@@ -280,38 +273,29 @@ class _Switch:
     enabled = False
 
 
-@functools.cache
-def _install() -> None:
-    """Wrap four methods of lm-eval, once; each does nothing for results without members."""
-    stock_process, stock_aggregation = ConfigurableTask.process_results, ConfigurableTask.aggregation
-    stock_direction, stock_group = ConfigurableTask.higher_is_better, Group.aggregate
+def _stock_results(
+    task: Any, doc: dict[str, Any], results: Sequence[Any], stock: dict[str, Any]
+) -> dict[str, Any]:
+    if isinstance(task, UncertaintyTask):
+        return stock  # it extends its own
+    carries = _Switch.enabled and isinstance(_first_value(results), EnsembleLoglikelihood)
+    return _extended(task, doc, results, stock) if carries else stock
 
-    @functools.wraps(stock_process)
-    def process_results(self: Any, doc: dict[str, Any], results: Sequence[Any]) -> dict[str, Any]:
-        stock: dict[str, Any] = stock_process(self, doc, results)
-        carries = _Switch.enabled and isinstance(_first_value(results), EnsembleLoglikelihood)
-        if isinstance(self, UncertaintyTask) or carries:
-            return _extended(self, doc, results, stock)
-        return stock
 
-    @functools.wraps(stock_aggregation)
-    def aggregation(self: Any) -> dict[str, Any]:
-        stock: dict[str, Any] = stock_aggregation(self)
-        return {**stock, **_aggregations(self)} if _reported(self) else stock
+def _stock_aggregation(task: Any, stock: dict[str, Any]) -> dict[str, Any]:
+    return {**stock, **_aggregations(task)} if _reported(task) else stock
 
-    @functools.wraps(stock_direction)
-    def higher_is_better(self: Any) -> dict[str, Any]:
-        stock: dict[str, Any] = stock_direction(self)
-        return {**stock, **_directions(_state(self))} if _reported(self) else stock
 
-    @functools.wraps(stock_group)
-    def aggregate(self: Any, task_metrics: dict[str, Any]) -> dict[str, Any]:
-        return _extend_group(stock_group, self, task_metrics)
+def _stock_directions(task: Any, stock: dict[str, Any]) -> dict[str, Any]:
+    return {**stock, **_directions(_state(task))} if _reported(task) else stock
 
-    ConfigurableTask.process_results = process_results
-    ConfigurableTask.aggregation = aggregation
-    ConfigurableTask.higher_is_better = higher_is_better
-    Group.aggregate = aggregate
+
+def _directions(state: UncertaintyState) -> dict[str, bool]:
+    directions = dict.fromkeys(LOWER_IS_BETTER, False)
+    for name in state.metrics:
+        if METRICS[name].direction:
+            directions[name] = METRICS[name].direction == "higher"
+    return directions
 
 
 def _first_value(results: Any) -> Any:
@@ -337,7 +321,7 @@ class UncertaintyTask(ConfigurableTask):
     """
 
     def __init__(self, config: dict[str, Any], **kwargs: Any) -> None:
-        _install()
+        patches.extend_group_rows(_extend_group)
         own = {key: value for key, value in config.items() if key != "class"}
         try:
             state = UncertaintyState(**(own.pop("uncertainty", None) or {}))
@@ -347,6 +331,18 @@ class UncertaintyTask(ConfigurableTask):
         metadata = {**(stock.get("metadata") or {}), **(own.get("metadata") or {})}
         super().__init__(config={**stock, **own, "metadata": metadata}, **kwargs)
         self._uncertainty = state
+
+    def process_results(self, doc: dict[str, Any], results: Sequence[Any]) -> dict[str, Any]:
+        """Return the stock metrics of one document with ours added, whichever model scored it."""
+        return _extended(self, doc, results, super().process_results(doc, results))
+
+    def aggregation(self) -> dict[str, Any]:
+        """Return how each metric is aggregated."""
+        return _stock_aggregation(self, super().aggregation())
+
+    def higher_is_better(self) -> dict[str, Any]:
+        """Return each metric's direction."""
+        return _stock_directions(self, super().higher_is_better())
 
 
 def _stock_config(path: str) -> dict[str, Any]:

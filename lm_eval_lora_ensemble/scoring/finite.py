@@ -38,7 +38,7 @@ class NonFiniteScoreError(EnsembleError):
         )
 
 
-def check_finite(
+def refuse_nonfinite_score(
     index: int, loglikelihoods: npt.NDArray[np.float64], names: Sequence[str], dtype: object
 ) -> None:
     """Refuse a request's scores if any is not finite.

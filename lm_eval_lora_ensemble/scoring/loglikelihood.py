@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 Average = Literal["probability", "loglikelihood"]
 AVERAGES: tuple[str, ...] = get_args(Average)
+
+
+class Score(NamedTuple):
+    """The answer to one request.
+
+    Attributes:
+        loglikelihoods: float64 [N], each member's sum of float32 token log-probabilities, in nats.
+        is_greedy: every target is the argmax of the mixture's next-token distribution, members weighted
+            by their likelihood of the continuation so far.
+    """
+
+    loglikelihoods: npt.NDArray[np.float64]
+    is_greedy: bool
 
 
 def log_mean_exp(loglikelihoods: npt.ArrayLike) -> float:

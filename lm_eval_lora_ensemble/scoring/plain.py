@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from lm_eval_lora_ensemble.scoring.greedy import MixtureArgmax
-from lm_eval_lora_ensemble.tree.requests import Score, TokenRequest
+from lm_eval_lora_ensemble.scoring.loglikelihood import Score
+from lm_eval_lora_ensemble.tree.requests import TokenRequest
 
 
 class Batch(NamedTuple):

@@ -1,9 +1,8 @@
-"""From the trie to work: which prefixes to compute once and keep, and which rows of tokens to run on them.
+"""From the trie to work: which prefixes to compute once and keep, and which subtrees to run on them.
 
-A *row* is a subtree written as one sequence: a document's context and its choices, say. A token attends to its
-ancestors only (:mod:`.rows` makes the mask), so each shared position is computed once. A *stem* is a prefix
-that more than one row needs: it is computed once per member, its keys and values are kept, and its rows run
-on them. Stems nest: a prefix may extend another.
+A *subtree* becomes one row (:mod:`..tree.rows`): a document's context and its choices, say. A token sees its ancestors
+only, so each shared position is computed once. A *stem* is a prefix that more than one row needs: it is computed once
+per member, its keys and values are kept, and its rows run on them. Stems nest: a prefix may extend another.
 
 Cost of a row of L tokens on a prefix of P, in units of one token's attention to one other token::
 
@@ -33,8 +32,8 @@ MIN_STEM_TOKENS = 32
 
 
 @dataclass(frozen=True)
-class Row:
-    """Sequences ``[start, stop)`` of the trie from position ``depth`` on, as one tree of ``length`` tokens."""
+class Subtree:
+    """Sequences ``[start, stop)`` of the trie from position ``depth`` on, ``length`` distinct tokens: one row."""
 
     start: int
     stop: int
@@ -52,14 +51,14 @@ class Stem:
     sequence: int
     depth: int
     end: int
-    rows: list[Row] = field(default_factory=list)
+    subtrees: list[Subtree] = field(default_factory=list)
     children: list[Stem] = field(default_factory=list)
 
 
 def make_plan(
     trie: PrefixTrie, *, max_tree_tokens: int = MAX_TREE_TOKENS, min_stem_tokens: int = MIN_STEM_TOKENS
 ) -> Stem:
-    """Return the root of the plan; every sequence of the trie is in exactly one row of it."""
+    """Return the root of the plan; every sequence of the trie is in exactly one subtree of it."""
     root = Stem(sequence=0, depth=0, end=0)
     leaves: dict[int, list[int]] = {id(root): []}
     stems = [root]
@@ -80,23 +79,23 @@ def make_plan(
         cuts = [start, *(start + 1 + np.flatnonzero(inner == prefix)).tolist(), stop]
         work.extend((low, high, stem) for low, high in pairwise(cuts))
     for stem in stems:
-        stem.rows = _rows(trie, sorted(leaves[id(stem)]), stem.end)
+        stem.subtrees = _subtrees(trie, sorted(leaves[id(stem)]), stem.end)
     return root
 
 
-def _rows(trie: PrefixTrie, sequences: list[int], depth: int) -> list[Row]:
-    """Join neighbouring sequences into rows where that costs less than computing their prefix twice."""
-    rows: list[Row] = []
+def _subtrees(trie: PrefixTrie, sequences: list[int], depth: int) -> list[Subtree]:
+    """Join neighbouring sequences into one row where that costs less than computing their prefix twice."""
+    subtrees: list[Subtree] = []
     for i in sequences:
         alone = int(trie.lengths[i]) - depth
-        last = rows[-1] if rows else None
+        last = subtrees[-1] if subtrees else None
         if last and last.stop == i:
             joined = last.length + int(trie.lengths[i]) - max(int(trie.shared[i]), depth)
             if cost(joined, depth) <= cost(last.length, depth) + cost(alone, depth):
-                rows[-1] = Row(last.start, i + 1, depth, joined)
+                subtrees[-1] = Subtree(last.start, i + 1, depth, joined)
                 continue
-        rows.append(Row(i, i + 1, depth, alone))
-    return rows
+        subtrees.append(Subtree(i, i + 1, depth, alone))
+    return subtrees
 
 
 def cost(length: int, prefix: int) -> int:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lm_eval_lora_ensemble.errors import EnsembleError, Interruption
+from lm_eval_lora_ensemble.errors import EnsembleError, Interrupted
 from lm_eval_lora_ensemble.sweep.plan import DEVICE, SweepPlan
 
 
@@ -74,11 +74,10 @@ def run(arguments: argparse.Namespace) -> int:
             if speaks:
                 print(f"epoch {epoch}: {folder}", flush=True)
     except KeyboardInterrupt:
-        Interruption.says = lambda: (
+        raise Interrupted(
             f"finished epochs and the scores of the one under way are kept in {arguments.output}; "
             "the same command goes on from there"
-        )
-        raise
+        ) from None
     if speaks:
         flags = "".join(f" --ood {task}" for task in ood)
         print(f"To see them: lora-ensemble report {arguments.output}{flags}")

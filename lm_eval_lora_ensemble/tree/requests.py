@@ -1,12 +1,9 @@
-"""What goes into scoring and what comes out: tokens in, one loglikelihood a member out."""
+"""Token requests: what a continuation and its context are to a model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple
-
-import numpy as np
-import numpy.typing as npt
 
 
 class TokenRequest(NamedTuple):
@@ -20,19 +17,6 @@ class TokenRequest(NamedTuple):
 
     tokens: tuple[int, ...]
     targets: tuple[int, ...]
-
-
-class Score(NamedTuple):
-    """The answer to one request.
-
-    Attributes:
-        loglikelihoods: float64 [N], each member's sum of float32 token log-probabilities, in nats.
-        is_greedy: every target is the argmax of the mixture's next-token distribution, members weighted
-            by their likelihood of the continuation so far.
-    """
-
-    loglikelihoods: npt.NDArray[np.float64]
-    is_greedy: bool
 
 
 def truncate(context: Sequence[int], continuation: Sequence[int], max_length: int) -> TokenRequest:

@@ -1,4 +1,14 @@
-"""Rows as tensors: tokens, depths, who attends to whom, and which positions answer which request."""
+"""Rows: a subtree of the trie written as one sequence, with one integer a token that says who may see it.
+
+In depth-first order the descendants of a token are the interval behind it. With ``end`` the first place behind a
+token's descendants, a query q sees a key k if and only if ::
+
+    k <= q < end[k]
+
+that is, if k is q's ancestor or q itself. The same integer makes the mask of a chain (every end is the row's length:
+plain causality), of a document with its choices, and of padding (each place ends behind itself: it sees itself alone,
+so that its softmax is no NaN, and no real token sees it).
+"""
 
 from __future__ import annotations
 
@@ -9,145 +19,117 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lm_eval_lora_ensemble.scoring.plan import Row
-from lm_eval_lora_ensemble.tree.requests import TokenRequest
 from lm_eval_lora_ensemble.tree.trie import PrefixTrie
+
+IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class TreeRow:
-    """One row laid out.
+    """Sequences ``[start, stop)`` of a trie from position ``depth`` on, each distinct position once.
 
     Attributes:
         tokens: int [L].
-        depths: int [L], each token's position in its own sequence; the row's first depth is the prefix's end.
-        mask: bool [L, L]; row token q attends to row token k. None for a plain chain, where that is k ≤ q.
-        paths: for each sequence of the row, the row positions of its tokens from the prefix's end on.
+        positions: int [L], each token's position in its own sequence; the first is the row's depth.
+        end: int [L], the first place in the row behind each token's descendants.
+        paths: for each sequence of the row, the places of its tokens from the row's depth on.
     """
 
-    tokens: npt.NDArray[np.int64]
-    depths: npt.NDArray[np.int64]
-    mask: npt.NDArray[np.bool_] | None
-    paths: dict[int, npt.NDArray[np.int64]]
+    tokens: IntArray
+    positions: IntArray
+    end: IntArray
+    paths: dict[int, IntArray]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether every token sees all those before it, as in an ordinary sequence."""
+        return bool((self.end == len(self.tokens)).all())
 
 
-def lay_out(trie: PrefixTrie, row: Row) -> TreeRow:
-    """Write a subtree as one sequence, depth first; a sequence's new tokens follow those of the one before."""
-    tokens = np.empty(row.length, dtype=np.int64)
-    depths = np.empty(row.length, dtype=np.int64)
-    mask = np.zeros((row.length, row.length), dtype=bool) if row.stop - row.start > 1 else None
-    paths: dict[int, npt.NDArray[np.int64]] = {}
+def lay_out(trie: PrefixTrie, start: int, stop: int, depth: int = 0) -> TreeRow:
+    """Write some sequences of ``trie`` depth first: the new tokens of each follow those of the one before.
+
+    Args:
+        trie: whose order is that of the sequences.
+        start: the first of a run of sequences that agree up to ``depth``.
+        stop: the first behind them.
+        depth: tokens before it belong to a prefix that is kept elsewhere.
+    """
+    length = trie.size(start, stop, depth)
+    tokens, positions, end = (np.empty(length, dtype=np.int64) for _ in range(3))
+    paths: dict[int, IntArray] = {}
     path = np.empty(0, dtype=np.int64)
     filled = 0
-    for i in range(row.start, row.stop):
-        kept = 0 if i == row.start else max(int(trie.shared[i]) - row.depth, 0)
-        own = trie.sequences[i][row.depth + kept :]
+    for i in range(start, stop):
+        kept = 0 if i == start else max(int(trie.shared[i]) - depth, 0)
+        own = trie.sequences[i][depth + kept :]
         new = np.arange(filled, filled + len(own))
-        tokens[new], depths[new] = own, row.depth + kept + np.arange(len(own))
+        tokens[new], positions[new] = own, depth + kept + np.arange(len(own))
+        end[path[kept:]] = filled  # what this sequence does not share has no further descendants
         path = np.concatenate([path[:kept], new])
-        if mask is not None:
-            mask[np.ix_(new, path[:kept])] = True
-            mask[np.ix_(new, new)] = np.tri(len(new), dtype=bool)
         paths[i] = path
         filled += len(own)
-    return TreeRow(tokens, depths, mask, paths)
+    end[path] = filled
+    return TreeRow(tokens, positions, end, paths)
 
 
-@dataclass
-class PackedInput:
-    """A batch of rows on one prefix of P tokens.
+def chain(tokens: Sequence[int], depth: int = 0, sequences: Sequence[int] = (0,)) -> TreeRow:
+    """Write one piece of a sequence, from position ``depth`` on, as a row that the given sequences pass through."""
+    places = np.arange(len(tokens))
+    end = np.full(len(tokens), len(tokens), dtype=np.int64)
+    return TreeRow(np.asarray(tokens, dtype=np.int64), depth + places, end, dict.fromkeys(sequences, places))
+
+
+@dataclass(frozen=True)
+class RowBatch:
+    """Rows side by side, padded on the right.
 
     Attributes:
-        input_ids, position_ids: int64 [B, L], zero where a row is shorter.
-        attention_mask: additive [B, 1, L, P + L] in the model's dtype, or None for chains on no prefix, which
-            need nothing but causality.
+        input_ids: int64 [R, L], 0 in padding, which no real token sees.
+        position_ids: int64 [R, L], 0 in padding.
+        end: int64 [R, L], see :class:`TreeRow`.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
-    attention_mask: torch.Tensor | None
+    end: torch.Tensor
 
-    @property
-    def n_computed(self) -> int:
-        """Token positions this batch computes, padding included."""
-        return self.input_ids.numel()
-
-
-def pack(rows: Sequence[TreeRow], prefix: int, dtype: torch.dtype, device: torch.device) -> PackedInput:
-    """Pad rows to one length and build their mask."""
-    length = max(len(row.tokens) for row in rows)
-    input_ids = np.zeros((len(rows), length), dtype=np.int64)
-    position_ids = np.zeros((len(rows), length), dtype=np.int64)
-    for i, row in enumerate(rows):
-        input_ids[i, : len(row.tokens)] = row.tokens
-        position_ids[i, : len(row.tokens)] = row.depths
-    mask = None
-    if prefix or any(row.mask is not None for row in rows):
-        allowed = np.zeros((len(rows), 1, length, prefix + length), dtype=bool)
-        allowed[..., :prefix] = True
+    @classmethod
+    def pad(cls, rows: Sequence[TreeRow], length: int | None = None) -> RowBatch:
+        """Pad ``rows`` to ``length`` tokens, by default the longest row's."""
+        length = max(map(len, rows)) if length is None else length
+        input_ids, position_ids = (np.zeros((len(rows), length), dtype=np.int64) for _ in range(2))
+        end = np.tile(np.arange(1, length + 1), (len(rows), 1))
         for i, row in enumerate(rows):
-            n = len(row.tokens)
-            allowed[i, 0, :n, prefix : prefix + n] = np.tri(n, dtype=bool) if row.mask is None else row.mask
-        # padding attends to itself: a row of nothing but −inf would turn into NaN
-        allowed[:, :, range(length), range(prefix, prefix + length)] = True
-        mask = torch.zeros(allowed.shape, dtype=dtype)
-        mask.masked_fill_(torch.from_numpy(~allowed), torch.finfo(dtype).min)
-        mask = mask.to(device)
-    return PackedInput(
-        torch.from_numpy(input_ids).to(device), torch.from_numpy(position_ids).to(device), mask
-    )
+            input_ids[i, : len(row)], position_ids[i, : len(row)] = row.tokens, row.positions
+            end[i, : len(row)] = row.end
+        return cls(*map(torch.from_numpy, (input_ids, position_ids, end)))
+
+    def to(self, device: torch.device) -> RowBatch:
+        """Return the batch on ``device``."""
+        return RowBatch(self.input_ids.to(device), self.position_ids.to(device), self.end.to(device))
+
+    def attention_mask(self, dtype: torch.dtype, prefix: int = 0) -> torch.Tensor:
+        """Return the additive mask [R, 1, L, prefix + L]: 0 where a token may look, else the least value of ``dtype``.
+
+        Additive, not boolean: eager attention adds what it is given, and would add 1 and 0.
+
+        Args:
+            dtype: of the model's hidden states.
+            prefix: tokens of a kept prefix before the rows, which every token sees.
+        """
+        blocked = ~interval_mask(self.end)
+        mask = torch.zeros(
+            (*blocked.shape[:2], prefix + blocked.shape[2]), dtype=dtype, device=blocked.device
+        )
+        mask[..., prefix:].masked_fill_(blocked, torch.finfo(dtype).min)
+        return mask[:, None]
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """Positions of a batch whose next-token distributions are needed, and for which targets.
-
-    Attributes:
-        row, position: int [R], the distinct positions.
-        pair_position: int [K], for each (position, target) pair the index of its position in the above.
-        pair_target: int [K].
-        pair_slot: int [K], where the pair's log-probability belongs among all targets of all requests.
-    """
-
-    row: npt.NDArray[np.int64]
-    position: npt.NDArray[np.int64]
-    pair_position: npt.NDArray[np.int64]
-    pair_target: npt.NDArray[np.int64]
-    pair_slot: npt.NDArray[np.int64]
-
-
-def wanted(
-    trie: PrefixTrie,
-    rows: Sequence[TreeRow],
-    depth: int,
-    requests: Sequence[TokenRequest],
-    first_slot: npt.NDArray[np.int64],
-    done: npt.NDArray[np.bool_],
-) -> Wanted:
-    """Collect what the requests of ``rows`` need from positions at ``depth`` or deeper.
-
-    Args:
-        trie: of ``requests``.
-        rows: a batch.
-        depth: the end of the batch's prefix.
-        requests: all requests.
-        first_slot: int [len(requests)], the slot of each request's first target.
-        done: bool [slots], targets that have their log-probability from an earlier batch.
-    """
-    distinct: dict[tuple[int, int], int] = {}
-    pairs: list[tuple[int, int, int]] = []
-    for i, row in enumerate(rows):
-        for sequence, path in row.paths.items():
-            for index in trie.requests_of[sequence]:
-                targets = requests[index].targets
-                before = int(trie.lengths[sequence]) - len(targets)
-                for t, target in enumerate(targets):
-                    slot = int(first_slot[index]) + t
-                    at = before + t - depth
-                    if at < 0 or at >= len(path) or done[slot]:
-                        continue
-                    key = (i, int(path[at]))
-                    pairs.append((distinct.setdefault(key, len(distinct)), target, slot))
-    places = np.array(list(distinct), dtype=np.int64).reshape(-1, 2)
-    table = np.array(pairs, dtype=np.int64).reshape(-1, 3)
-    return Wanted(places[:, 0], places[:, 1], table[:, 0], table[:, 1], table[:, 2])
+def interval_mask(end: torch.Tensor) -> torch.Tensor:
+    """Return bool [..., L, L]: query q (last axis but one) sees key k (last axis), from ``end`` [..., L]."""
+    places = torch.arange(end.shape[-1], device=end.device)
+    return (places <= places[:, None]) & (places[:, None] < end[..., None, :])
