@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,9 @@ def attach(base: Base, recipe: Recipe, members: dict[str, int]) -> Any:
     from peft import get_peft_model
 
     model = None
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # PEFT 0.21 reads transformers' old name, which is PEFT's to mend and nobody else's to read about.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         for name, seed in members.items():
             torch.manual_seed(seed)
             config = lora_config(recipe, base)
