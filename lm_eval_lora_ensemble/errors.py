@@ -6,8 +6,9 @@ somebody else's every error keeps its traceback.
 
 from __future__ import annotations
 
+import difflib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import PurePath
 from types import TracebackType
 
@@ -30,6 +31,23 @@ def one_line(text: object) -> str:
     """Fold ``text`` to one line with control characters escaped: a name may come from a stranger's file."""
     folded = " ".join(str(text).split())
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in folded)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of another library's message, or the error's kind if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """Return the known name that was probably meant, or None if nothing is near.
+
+    Args:
+        name: what was written.
+        known: the names there are.
+        cutoff: how alike they must be, from 0 (whatever is nearest) to 1 (equal).
+    """
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return close[0] if close else None
 
 
 def error_line(error: EnsembleError) -> str:

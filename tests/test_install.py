@@ -128,7 +128,7 @@ def test_wheel_and_sdist_carry_everything(built: Path, wheel: Path):
         assert f"lm_eval_lora_ensemble/{wanted}" in names
     with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
         packed = {name.split("/", 1)[-1] for name in archive.getnames()}
-    for folder, pattern in (("tasks", "**/*.yaml"), ("train", "recipes/*.yaml")):
+    for folder, pattern in (("tasks", "**/*.yaml"), ("train", "recipes/*.yaml"), ("train", "*.json")):
         files = [path.relative_to(PROJECT).as_posix() for path in (PROJECT / folder).glob(pattern)]
         assert files
         assert {f"lm_eval_lora_ensemble/{file}" for file in files} <= names

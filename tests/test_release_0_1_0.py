@@ -1,4 +1,4 @@
-"""What 0.1.0 wrote, this release reads, with the same numbers. ``tests/data/release_0_1_0`` was made by 0.1.0's code."""
+"""What 0.1.0 wrote is read with the same numbers; ``tests/data/release_0_1_0`` was made by its code."""
 
 from __future__ import annotations
 

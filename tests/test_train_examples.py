@@ -105,7 +105,10 @@ def test_tasks_are_mixed(folder):
         ({"task": "tiny_colour"}, "lm-eval knows no task 'tiny_colour'; did you mean 'tiny_colours'?"),
         ({"task": "no_training"}, "task 'no_training' has no training split"),
         ({"task": "generating"}, "task 'generating' is generate_until"),
-        ({"task": "wrong_gold"}, "document 2 of wrong_gold has no right answer among its 5 choices"),
+        (
+            {"task": "wrong_gold"},
+            "document 2 of wrong_gold has no right answer: the gold 11 is none of its 5 choices",
+        ),
     ],
 )
 def test_unfit_tasks_are_refused(folder, changes, message):

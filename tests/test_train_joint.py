@@ -1,5 +1,7 @@
 """The joint step: every member is what it would be alone, and what PEFT would make of it."""
 
+import warnings
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
@@ -11,10 +13,11 @@ from train_fixtures import (  # noqa: F401
     quick_tasks,
     train_steps,
 )
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.train import adapters, base
+from lm_eval_lora_ensemble.train.engine import checkpoint_layers
 from lm_eval_lora_ensemble.train.joint import JointEngine
 from lm_eval_lora_ensemble.train.plain import PlainEngine
 
@@ -163,6 +166,31 @@ def test_gradient_checkpointing_really_recomputes(folder):
         trainer.engine.step(trainer.order.epoch(1, [0, 1])[0], 0, trainer.engine.names)
         counts.append(len(calls))
     assert counts == [1, 2]
+
+
+class OlderLlama(LlamaForCausalLM):
+    """What transformers before 5.24 offers: the old name alone."""
+
+    activation_checkpointing_enable = property()  # no getter: as if it were not there
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
+        self._activation_checkpointing_enable(gradient_checkpointing_kwargs)
+
+
+@pytest.mark.parametrize("model_class", [LlamaForCausalLM, OlderLlama])
+def test_layers_are_checkpointed_under_either_name(model_class):
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+    model = model_class(LlamaConfig(vocab_size=8, num_hidden_layers=2, **sizes)).eval()
+    checkpoint_layers(model)
+    assert model.is_activation_checkpointing
+    assert all(layer.training and not layer.self_attn.training for layer in model.model.layers)
+    assert not model.lm_head.training
+
+
+def test_adapters_are_attached_without_a_warning_that_is_others_to_mend(folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        make_trainer(make_recipe(folder, gradient_checkpointing=True))
 
 
 def test_what_cannot_be_stacked_trains_in_turn(folder):

@@ -10,9 +10,9 @@ from train_fixtures import make_model, make_recipe, make_task, one_thread, quick
 
 from lm_eval_lora_ensemble.train import base, examples
 from lm_eval_lora_ensemble.train.examples import Choice, Example
-from lm_eval_lora_ensemble.train.head import ScoredHead
 from lm_eval_lora_ensemble.train.layout import Layout
 from lm_eval_lora_ensemble.train.objective import (
+    ScoredHead,
     TokenLoglikelihoods,
     document_losses,
     loglikelihoods,

@@ -18,11 +18,9 @@ from train_fixtures import make_recipe, make_task, one_thread, quick, quick_task
 from transformers import AutoModelForCausalLM
 
 from lm_eval_lora_ensemble import cli, disk
-from lm_eval_lora_ensemble.cli import main
 from lm_eval_lora_ensemble.disk import sha256
 from lm_eval_lora_ensemble.ensemble.manifest import Manifest
 from lm_eval_lora_ensemble.errors import EnsembleError
-from lm_eval_lora_ensemble.train.completion import complete
 from lm_eval_lora_ensemble.train.joint import JointEngine
 from lm_eval_lora_ensemble.train.plain import PlainEngine
 from lm_eval_lora_ensemble.train.run import train_members
@@ -410,18 +408,50 @@ def test_two_processes_share_the_members_and_make_the_same_folder(folder, tmp_pa
     shutil.rmtree(tmp_path / "e")
 
 
-def test_check_completes_and_verifies(tmp_path, trained, capsys):
-    copy = tmp_path / "copy"
-    shutil.copytree(trained, copy)
-    (copy / "ensemble.json").unlink()
-    assert main(["check", str(copy)]) == 0
-    assert "2 members" in capsys.readouterr().out
-    assert contents(copy) == contents(trained)
+def test_check_only_reads_and_names_the_way_out(tmp_path, trained, capsys):
+    copy = Path(shutil.copytree(trained, tmp_path / "copy"))
     weights = copy / "member_01" / "epoch_02" / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
-    assert main(["check", str(copy)]) == 2
+    sound = weights.read_bytes()
+    weights.write_bytes(sound[:-1] + b"!")
+    assert cli.main(["check", str(copy)]) == 2
     assert "epoch_02/adapter_model.safetensors differs from its checksum" in capsys.readouterr().out
+    weights.write_bytes(sound)
     (copy / "ensemble.json").unlink()
-    (copy / "member_00" / "member.json").unlink()
-    with pytest.raises(EnsembleError, match="still lacks member_00; run `lora-ensemble train"):
-        complete(copy)
+    before = contents(copy)
+    assert cli.main(["check", str(copy)]) == 2
+    said = capsys.readouterr().err
+    assert f"{copy} is a training run without ensemble.json" in said and said.count("\n") == 1
+    assert f"`lora-ensemble train {copy / 'recipe.yaml'} --complete`" in said
+    assert contents(copy) == before
+    assert cli.main(["check", str(copy / "member_00")]) == 0  # a member's own folder holds a recipe too
+
+
+def test_complete_writes_the_manifest_of_a_moved_folder(tmp_path, trained, capsys):
+    copy = Path(shutil.copytree(trained, tmp_path / "moved"))
+    (copy / "ensemble.json").unlink()
+    assert cli.main(["train", str(copy / "recipe.yaml"), "--complete"]) == 0
+    assert f"{copy / 'ensemble.json'} describes all 2 members" in capsys.readouterr().out
+    assert contents(copy) == contents(trained)
+    assert cli.main(["check", str(copy)]) == 0
+    assert cli.main(["train", str(copy / "recipe.yaml"), "--complete"]) == 0  # as often as one likes
+    assert contents(copy) == contents(trained)
+
+
+def test_complete_trains_nothing(folder, tmp_path, trained, capsys):
+    recipe = make_recipe(folder, output=str(tmp_path / "e"), **SETTING)
+    train_members(recipe, member=1)
+    moved = (tmp_path / "e").rename(tmp_path / "moved")
+    before = contents(moved)
+    path = str(moved / "recipe.yaml")
+    assert cli.main(["train", path, "--complete"]) == 2
+    assert f"{moved} still lacks member_00; give --member I instead of --complete" in capsys.readouterr().err
+    assert contents(moved) == before
+    assert cli.main(["train", path, "--member", "0"]) == 0
+    assert contents(moved) == contents(trained)
+    assert not (tmp_path / "e").exists()
+
+
+def test_complete_and_member_exclude_each_other(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "quickstart", "--complete", "--member", "0"])
+    assert "not allowed with argument --complete" in capsys.readouterr().err

@@ -14,9 +14,8 @@ from lm_eval_lora_ensemble.scoring.packed import PackedScorer
 from lm_eval_lora_ensemble.train import tree as training_tree
 from lm_eval_lora_ensemble.train.base import Base
 from lm_eval_lora_ensemble.train.examples import Choice, Example
-from lm_eval_lora_ensemble.train.head import ScoredHead
 from lm_eval_lora_ensemble.train.layout import Layout
-from lm_eval_lora_ensemble.train.objective import document_losses, loglikelihoods
+from lm_eval_lora_ensemble.train.objective import ScoredHead, document_losses, loglikelihoods
 from lm_eval_lora_ensemble.tree.requests import TokenRequest, truncate
 from lm_eval_lora_ensemble.tree.rows import RowBatch, chain, interval_mask, lay_out
 from lm_eval_lora_ensemble.tree.support import why_no_tree

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lm_eval_lora_ensemble.errors import EnsembleError
+from lm_eval_lora_ensemble.errors import EnsembleError, first_line
 
 if TYPE_CHECKING:
     from lm_eval_lora_ensemble.train.base import Base
@@ -50,7 +51,9 @@ def attach(base: Base, recipe: Recipe, members: dict[str, int]) -> Any:
     from peft import get_peft_model
 
     model = None
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # PEFT 0.21 reads transformers' old name, which is PEFT's to mend and nobody else's to read about.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         for name, seed in members.items():
             torch.manual_seed(seed)
             config = lora_config(recipe, base)
@@ -60,7 +63,7 @@ def attach(base: Base, recipe: Recipe, members: dict[str, int]) -> Any:
                 except ValueError as error:
                     raise EnsembleError(
                         f"target_modules {recipe.target_modules!r} do not fit {base.name}: "
-                        f"{str(error).strip().splitlines()[0]}; its linear layers are called "
+                        f"{first_line(error)}; its linear layers are called "
                         f"{', '.join(linear_names(base.model))}"
                     ) from error
             else:
@@ -88,15 +91,15 @@ def initial_folders(recipe: Recipe) -> list[Path]:
     if not recipe.initial_adapters:
         return []
     source = recipe.initial_adapters[0] if len(recipe.initial_adapters) == 1 else recipe.initial_adapters
-    found = [member.folder for member in find_ensemble(source).members]
-    if len(found) == 1:
-        found *= recipe.members
-    if len(found) != recipe.members:
+    folders = [member.folder for member in find_ensemble(source).members]
+    if len(folders) == 1:
+        folders *= recipe.members
+    if len(folders) != recipe.members:
         raise EnsembleError(
-            f"initial_adapters {', '.join(recipe.initial_adapters)} hold {len(found)} adapters "
-            f"for {recipe.members} members; set members={len(found)}"
+            f"initial_adapters {', '.join(recipe.initial_adapters)} hold {len(folders)} adapters "
+            f"for {recipe.members} members; set members={len(folders)}"
         )
-    return found
+    return folders
 
 
 def load_initial(model: Any, name: str, folder: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_lora_ensemble.errors import EnsembleError
+from lm_eval_lora_ensemble.errors import EnsembleError, first_line
 from lm_eval_lora_ensemble.precision import fast_dtype
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def load(recipe: Recipe, device: torch.device) -> Base:
     try:
         model = AutoModelForCausalLM.from_pretrained(name, **options)
     except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise EnsembleError(
             f"base_model {recipe.base_model!r} cannot be loaded: {reason}; give a Hub id or a local folder "
             "of a causal language model"
@@ -140,8 +140,7 @@ def _encoder(model: Any, name: str, recipe: Recipe) -> Any:
         return HFLM(pretrained=model, tokenizer=name, revision=recipe.revision or "main", batch_size=1)
     except (OSError, ValueError, KeyError) as error:
         raise EnsembleError(
-            f"the tokenizer of base_model {recipe.base_model!r} cannot be loaded: "
-            f"{str(error).strip().splitlines()[0]}"
+            f"the tokenizer of base_model {recipe.base_model!r} cannot be loaded: {first_line(error)}"
         ) from error
     finally:
         log.setLevel(level)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from lm_eval_lora_ensemble.train.recipe import Recipe
-
-_LIBRARIES = ("lm-eval-lora-ensemble", "torch", "transformers", "peft", "lm-eval", "datasets")
 
 _CARD = """---
 base_model: {base}
@@ -72,15 +69,3 @@ def model_card(recipe: Recipe, base: str, name: str, *, seed: int, epochs: int, 
         lora_l2=recipe.lora_l2,
         documents=recipe.batch_size * recipe.gradient_accumulation,
     )
-
-
-def library_versions() -> dict[str, str]:
-    """Return the versions of the libraries that decide a member's weights."""
-    return {library: found for library in _LIBRARIES if (found := _version(library))}
-
-
-def _version(library: str) -> str | None:
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return None

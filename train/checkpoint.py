@@ -99,6 +99,6 @@ def _intact(path: Path) -> bool:
         expected = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    found = checksums(path, path)
-    found.pop(_MANIFEST)
-    return bool(expected) and found == expected
+    actual = checksums(path, path)
+    actual.pop(_MANIFEST)
+    return bool(expected) and actual == expected

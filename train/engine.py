@@ -57,12 +57,13 @@ class MemberOptimiser:
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """Take back what :meth:`state` returned."""
         for i, parameter in enumerate(self.parameters):
-            mine = {key.partition(".")[2]: value for key, value in tensors.items() if key.startswith(f"{i}.")}
+            prefix = f"{i}."
+            state = {key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)}
             with torch.no_grad():
-                parameter.copy_(mine.pop("parameter"))
+                parameter.copy_(state.pop("parameter"))
             self.adamw.state[parameter] = {
                 name: value.clone() if name == "step" else value.to(parameter.device, copy=True)
-                for name, value in mine.items()
+                for name, value in state.items()
             }
 
 
@@ -79,7 +80,7 @@ def learning_rate(recipe: Recipe, step: int, total_steps: int) -> float:
     return recipe.learning_rate * factor
 
 
-def check_finite(losses: dict[str, float], step: int) -> None:
+def refuse_nonfinite_loss(losses: dict[str, float], step: int) -> None:
     """Stop the run at the first loss that is not a number, naming member and step (counted from 1)."""
     for name, loss in losses.items():
         if not math.isfinite(loss):
@@ -95,7 +96,8 @@ def checkpoint_layers(model: Any) -> None:
     transformers checkpoints a layer only in train mode; the layers alone are put there, not what is in them,
     so that a base model's own dropout stays off.
     """
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    enable = getattr(model, "activation_checkpointing_enable", None)  # transformers 5's name
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     for module in model.modules():
         if hasattr(module, "gradient_checkpointing"):
             module.training = True

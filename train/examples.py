@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_lora_ensemble.errors import EnsembleError
+from lm_eval_lora_ensemble.errors import EnsembleError, first_line, nearest
+from lm_eval_lora_ensemble.harness.golds import gold_indices
 
 if TYPE_CHECKING:
     from lm_eval_lora_ensemble.train.base import Base
@@ -79,8 +79,8 @@ def load_tasks(names: Sequence[str], include_path: str | None = None) -> dict[st
     known = set(manager.all_tasks)
     for name in names:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "`lm_eval ls tasks` lists them"
+            near = nearest(name, known)
+            hint = f"did you mean {near!r}?" if near else "`lm_eval ls tasks` lists them"
             raise EnsembleError(f"lm-eval knows no task {name!r}; {hint}")
     try:
         tasks: dict[str, Any] = manager.load(list(names))["tasks"]
@@ -99,11 +99,6 @@ def load_tasks(names: Sequence[str], include_path: str | None = None) -> dict[st
                 f"task {name!r} has no training split; name a task that has one, or give it a training_split"
             )
     return tasks
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of another library's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _task_manager(include_path: str | None) -> Any:
@@ -168,21 +163,13 @@ def render(task: Any, doc_id: int, doc: Any, shots: int, base: Base) -> Example:
     choices = tuple(Choice(tuple(context), tuple(continuation)) for context, continuation in pairs)
     if any(not choice.continuation for choice in choices):
         raise EnsembleError(f"document {doc_id} of {name} has an answer choice without a token; fix the task")
-    return Example(name, doc_id, choices, gold_indices(task, doc_id, doc, answers))
-
-
-def gold_indices(task: Any, doc_id: int, doc: Any, answers: Sequence[str]) -> tuple[int, ...]:
-    """Return the right choices as ``ConfigurableTask.process_results`` derives them."""
-    gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
-    if isinstance(gold, str):
-        gold = answers.index(gold) if gold in answers else -1
-    golds = tuple(int(index) for index in gold) if isinstance(gold, (list, tuple)) else (int(gold),)
-    if not golds or not all(0 <= index < len(answers) for index in golds):
+    try:
+        golds = gold_indices(task, doc, answers)
+    except LookupError as error:
         raise EnsembleError(
-            f"document {doc_id} of {task.task_name} has no right answer among its {len(answers)} choices "
-            f"(gold {gold!r}); training needs labelled documents"
-        )
-    return golds
+            f"document {doc_id} of {name} has no right answer: {error}; training needs labelled documents"
+        ) from error
+    return Example(name, doc_id, choices, golds)
 
 
 def _fit(examples: list[Example], max_length: int, truncate: str, place: str) -> list[Example]:

@@ -9,6 +9,7 @@
         epoch_01/ …               the adapter after each epoch
         validation/epoch_00.npy … loglikelihoods [D, C] of the validation documents
     .training/                    checkpoints, scratch space and locks; removed when all is done
+        schema_version            how this release computes a step; written before recipe.yaml
 
 A process writes only the folders of its own members. What concerns the ensemble is put together from the
 members' files by whichever process finds them complete, so processes need not talk to each other.
@@ -30,14 +31,17 @@ from lm_eval_lora_ensemble.disk import checksums, copy_file, write_folder, write
 from lm_eval_lora_ensemble.ensemble.manifest import FILE_NAME as MANIFEST
 from lm_eval_lora_ensemble.ensemble.manifest import Manifest, MemberEntry
 from lm_eval_lora_ensemble.errors import EnsembleError, Interrupted
+from lm_eval_lora_ensemble.harness.provenance import versions
 from lm_eval_lora_ensemble.train import recipe as recipes
-from lm_eval_lora_ensemble.train.card import library_versions
 from lm_eval_lora_ensemble.train.recipe import Recipe
 
 MEMBER = "member.json"
 EPOCHS = "epochs.jsonl"
 METRICS = "metrics.jsonl"
 SCRATCH = ".training"
+STEP_VERSION = 2
+"""How a step is computed, down to the shapes of its rows. A run is finished under the number it was begun with, or
+its remaining steps would not be the same training. Release 0.1.0 wrote none."""
 
 
 class EnsembleFolder:
@@ -62,8 +66,14 @@ class EnsembleFolder:
         """Whether a member is done."""
         return (self.path / name / MEMBER).is_file()
 
+    @property
+    def unfinished(self) -> list[str]:
+        """The members that are not done yet."""
+        return [name for name in self.names if not self.finished(name)]
+
     def check_recipe(self) -> None:
-        """Refuse a folder that another recipe wrote, or that something else fills."""
+        """Refuse a folder that another recipe wrote, that another release began, or that something else fills."""
+        self._check_release()
         path = self.path / recipes.FILE_NAME
         if not path.is_file():
             others = [p.name for p in self.path.iterdir() if p.name != SCRATCH] if self.path.is_dir() else []
@@ -80,6 +90,25 @@ class EnsembleFolder:
                 "give the same values to go on, or another output= to begin anew"
             )
 
+    def _check_release(self) -> None:
+        """Refuse to go on with a run whose first steps another release computed in another way."""
+        begun = any(self.scratch.glob("member_*/step_*")) or any(map(self.finished, self.names))
+        version = self._step_version()
+        # asked last: another process may have finished all meanwhile, and removed .training with its version
+        if not begun or version == str(STEP_VERSION) or self.complete or not self.unfinished:
+            return
+        release = "release 0.1.0" if version is None else "another release"
+        raise EnsembleError(
+            f"{self.path} was begun by {release}, which computes a step in another way, so this release cannot "
+            f"finish it; finish it with {release}, or give another output= to begin anew"
+        )
+
+    def _step_version(self) -> str | None:
+        try:
+            return (self.scratch / "schema_version").read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            return None
+
     @contextmanager
     def claim(self, names: Sequence[str]) -> Iterator[None]:
         """Keep other processes off these members until the context ends.
@@ -95,6 +124,8 @@ class EnsembleFolder:
                     locks.enter_context(self._lock(name))
                     self._sweep(name)
                 self.check_recipe()
+                if self._step_version() is None:
+                    write_text(self.scratch / "schema_version", f"{STEP_VERSION}\n")
             first = names == self.names and not (self.path / recipes.FILE_NAME).is_file()
             try:
                 yield
@@ -192,7 +223,7 @@ class EnsembleFolder:
 
     def finish(self, base_model: str) -> bool:
         """Write the manifest if every member is done; return whether all is complete."""
-        if not all(self.finished(name) for name in self.names):
+        if self.unfinished:
             return False
         entries = []
         for name in self.names:
@@ -204,12 +235,17 @@ class EnsembleFolder:
                 revision=self.recipe.revision,
                 members=entries,
                 recipe=self.recipe.as_mapping(operational=False),
-                versions=library_versions(),
+                versions=versions(),
             ).write(self.path)
         for rest in self.path.glob(".*.tmp"):
             rest.unlink(missing_ok=True)
         shutil.rmtree(self.scratch, ignore_errors=True)
         return True
+
+
+def begun(folder: Path) -> bool:
+    """Whether a training run has written in this folder."""
+    return (folder / SCRATCH).is_dir() or any(folder.glob(f"member_*/{EPOCHS}"))
 
 
 def epoch_name(epoch: int) -> str:

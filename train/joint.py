@@ -11,9 +11,13 @@ import numpy.typing as npt
 import torch
 
 from lm_eval_lora_ensemble.train.adapters import lora_layers
-from lm_eval_lora_ensemble.train.engine import Engine, MemberOptimiser, check_finite, checkpoint_layers
-from lm_eval_lora_ensemble.train.head import ScoredHead
-from lm_eval_lora_ensemble.train.objective import document_losses, loglikelihoods
+from lm_eval_lora_ensemble.train.engine import (
+    Engine,
+    MemberOptimiser,
+    checkpoint_layers,
+    refuse_nonfinite_loss,
+)
+from lm_eval_lora_ensemble.train.objective import ScoredHead, document_losses, loglikelihoods
 from lm_eval_lora_ensemble.train.stacked import Lineup, MemberMatrix, StackedLoRALinear
 
 if TYPE_CHECKING:
@@ -69,7 +73,7 @@ class JointEngine(Engine):
                 losses = self._gradients(names, part, step, number) / documents
                 for name, loss in zip(names, losses.tolist(), strict=True):
                     totals[name] += loss
-        check_finite(totals, step + 1)
+        refuse_nonfinite_loss(totals, step + 1)
         self.matrix.gradients.div_(documents)
         self._add_penalty_gradients()
         for name in active:

@@ -11,9 +11,14 @@ import numpy.typing as npt
 import torch
 
 from lm_eval_lora_ensemble.train.adapters import lora_layers
-from lm_eval_lora_ensemble.train.engine import Engine, MemberOptimiser, check_finite, checkpoint_layers
-from lm_eval_lora_ensemble.train.head import ScoredHead
+from lm_eval_lora_ensemble.train.engine import (
+    Engine,
+    MemberOptimiser,
+    checkpoint_layers,
+    refuse_nonfinite_loss,
+)
 from lm_eval_lora_ensemble.train.objective import (
+    ScoredHead,
     document_losses,
     loglikelihoods,
     squared_norm_of_product,
@@ -57,7 +62,7 @@ class PlainEngine(Engine):
     def step(self, batches: Sequence[MicroBatch], step: int, active: Sequence[str]) -> dict[str, float]:
         """Take the members' gradients in turn, then update them all; see :meth:`Engine.step`."""
         losses = {name: self._gradients(name, batches, step) for name in active}
-        check_finite(losses, step + 1)
+        refuse_nonfinite_loss(losses, step + 1)
         for name in active:
             self._optimisers[name].step(step)
             self._optimisers[name].adamw.zero_grad()

@@ -6,87 +6,212 @@ one line that names the key, the place and the way out.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lm_eval_lora_ensemble.disk import recipes_folder
-from lm_eval_lora_ensemble.errors import EnsembleError
-from lm_eval_lora_ensemble.train import knobs
+from lm_eval_lora_ensemble.errors import EnsembleError, nearest
+from lm_eval_lora_ensemble.train.recipe_keys import (
+    Rule,
+    choice,
+    commit,
+    flag,
+    fraction,
+    integer,
+    key,
+    layer_numbers,
+    module_names,
+    nonnegative,
+    optional,
+    positive,
+    text,
+    texts,
+)
 
 FILE_NAME = "recipe.yaml"
-
-#: Keys that say how a run is carried out, not what it computes: they may change when a run is resumed.
-OPERATIONAL = frozenset(
-    {"device", "output", "report_to", "checkpoint_steps", "keep_checkpoints", "members_at_once"}
-)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every knob of a training run, checked.
+    """Every key of a training run, checked: its default, the rule its value obeys, and what it means.
 
-    The YAML keys are the attribute names. Lengths are in tokens, the batch size in documents, the learning
-    rate per optimiser step. ``knobs.CHECKS`` holds each key's admissible values.
+    The YAML keys are the attribute names. docs/recipe.md and recipe.schema.json are generated from here.
     """
 
-    # What is trained, on what
-    base_model: str
-    task: tuple[str, ...]
-    revision: str | None = None
-    include_path: str | None = None
-    num_fewshot: int | None = None
-    objective: str = "answer"
-    output: str = "./ensemble"
-    # The ensemble
-    members: int = 5
-    seed: int = 0
-    initial_adapters: tuple[str, ...] = ()
-    # The adapter
-    rank: int = 8
-    alpha: float = 16.0
-    rslora: bool = False
-    dora: bool = False
-    dropout: float = 0.0
-    target_modules: str | tuple[str, ...] = ("q_proj", "v_proj")
-    layers: tuple[int, ...] | None = None
-    # The optimiser
-    learning_rate: float = 2e-4
-    schedule: str = "constant"
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    lora_l2: float = 0.0
-    lora_b_l2: float = 0.0
-    gradient_clip: float | None = 1.0
-    # How long
-    epochs: int = 1
-    max_steps: int | None = None
-    early_stopping: int | None = None
-    # The data
-    batch_size: int = 8
-    gradient_accumulation: int = 1
-    max_length: int | None = None
-    truncate: str = "refuse"
-    train_limit: int | None = None
-    validation_limit: int | None = None
-    subset_seed: int | None = None
-    shuffle: bool = True
-    length_groups: bool = True
-    # The machine
-    dtype: str = "auto"
-    quantization: str = "none"
-    gradient_checkpointing: bool = False
-    engine: str = "auto"
-    members_at_once: int | None = None
-    device: str = "auto"
-    # Seen from outside
-    checkpoint_steps: int | None = 100
-    keep_checkpoints: int = 2
-    report_to: tuple[str, ...] = ()
+    base_model: str = key(
+        ...,
+        text(),
+        "Hub id or local folder of the frozen causal language model; smollm2 is the quickstart's.",
+        section="What is trained, on what",
+    )
+    task: tuple[str, ...] = key(
+        ..., texts(least=1), "lm-eval multiple-choice tasks on whose training documents the members train."
+    )
+    revision: str | None = key(
+        None, optional(commit()), "Branch, tag or commit of base_model on the Hub; null is main."
+    )
+    include_path: str | None = key(
+        None, optional(text()), "Folder of further task YAMLs, as lm_eval's --include_path."
+    )
+    num_fewshot: int | None = key(
+        None,
+        optional(integer(0)),
+        "Example documents in front of each document; null is the task's own number.",
+    )
+    objective: str = key(
+        "answer",
+        choice("answer", "choices"),
+        "A document's loss in nats: answer is -log p(gold continuation), choices is -log of the gold's share "
+        "of the softmax over the choices.",
+    )
+    output: str = key("./ensemble", text(), "Folder the ensemble is written to.", operational=True)
+
+    members: int = key(5, integer(1), "Number of members, each one adapter.", section="The ensemble")
+    seed: int = key(0, integer(0), "Member i has seed + i: initial weights, order of the documents, dropout.")
+    initial_adapters: tuple[str, ...] = key(
+        (),
+        texts(),
+        "Adapter folders to start from instead of fresh weights: one ensemble, one adapter for all members, "
+        "or one for each.",
+    )
+
+    rank: int = key(8, integer(1), "Rank r of the update B·A.", section="The adapter")
+    alpha: float = key(16.0, positive(), "The update is scaled by alpha / rank.")
+    rslora: bool = key(False, flag(), "Scale the update by alpha / √rank instead (rank-stabilised LoRA).")
+    dora: bool = key(
+        False, flag(), "Train magnitudes beside the update (DoRA); the members then train one after another."
+    )
+    dropout: float = key(0.0, fraction(), "Probability of dropping each input of A while training.")
+    target_modules: str | tuple[str, ...] = key(
+        ("q_proj", "v_proj"),
+        module_names(),
+        "Modules to adapt, by the last part of their names; all-linear is every linear layer but the head.",
+    )
+    layers: tuple[int, ...] | None = key(
+        None,
+        optional(layer_numbers()),
+        "Decoder layers to adapt, counted from 0, a range's ends included; null is all.",
+    )
+
+    learning_rate: float = key(
+        2e-4, positive(), "AdamW's learning rate after the warm-up.", section="The optimiser"
+    )
+    schedule: str = key(
+        "constant",
+        choice("constant", "linear", "cosine"),
+        "Course of the learning rate after the warm-up; linear and cosine fall to 0 at the last step.",
+    )
+    warmup_steps: int = key(0, integer(0), "Optimiser steps in which the learning rate rises linearly.")
+    weight_decay: float = key(0.0, nonnegative(), "AdamW's decoupled weight decay of A and B.")
+    lora_l2: float = key(
+        0.0, nonnegative(), "λ of the penalty λ Σ‖B·A‖²_F over the layers, in nats, without alpha / rank."
+    )
+    lora_b_l2: float = key(0.0, nonnegative(), "λ of the penalty λ Σ‖B‖²_F over the layers, in nats.")
+    gradient_clip: float | None = key(
+        1.0, optional(positive()), "Largest norm of a member's gradient at a step; null does not clip."
+    )
+
+    epochs: int = key(
+        1,
+        integer(1),
+        "Passes over the training documents; an adapter is kept after each.",
+        section="How long",
+    )
+    max_steps: int | None = key(
+        None,
+        optional(integer(1)),
+        "Optimiser steps after which the run ends at the latest; null sets no bound.",
+    )
+    early_stopping: int | None = key(
+        None,
+        optional(integer(1)),
+        "Epochs without a lower validation NLL after which a member ends with its best epoch; null never.",
+    )
+
+    batch_size: int = key(8, integer(1), "Documents of each member in a forward pass.", section="The data")
+    gradient_accumulation: int = key(1, integer(1), "Batches of an optimiser step.")
+    max_length: int | None = key(
+        None, optional(integer(2)), "Longest sequence in tokens; null is the base model's own limit."
+    )
+    truncate: str = key(
+        "refuse",
+        choice("refuse", "left"),
+        "What becomes of a longer document: the run is refused, or its context is cut from the left; "
+        "an answer never is.",
+    )
+    train_limit: int | None = key(
+        None, optional(integer(1)), "Training documents used of each task; null uses all."
+    )
+    validation_limit: int | None = key(
+        None, optional(integer(0)), "Validation documents measured of each task; null measures all, 0 none."
+    )
+    subset_seed: int | None = key(
+        None, optional(integer(0)), "Draws the documents within the limits; null takes the first ones."
+    )
+    shuffle: bool = key(
+        True,
+        flag(),
+        "Every member sees the documents in its own order, new each epoch; false is the task's order.",
+    )
+    length_groups: bool = key(
+        True,
+        flag(),
+        "A batch holds documents of about one length in tokens, which saves padding; needs shuffle.",
+    )
+
+    dtype: str = key(
+        "auto",
+        choice("auto", "float32", "bfloat16", "float16"),
+        "Type of the base's weights; auto is bfloat16 where the hardware multiplies it, else float32. "
+        "Adapters are float32.",
+        section="The machine",
+    )
+    quantization: str = key(
+        "none",
+        choice("none", "4bit", "8bit"),
+        "Bits of the base's weights by bitsandbytes (4bit is NF4); the members then train one after another.",
+    )
+    gradient_checkpointing: bool = key(
+        False,
+        flag(),
+        "Compute activations again in the backward pass instead of keeping them: less memory, more time.",
+    )
+    engine: str = key(
+        "auto",
+        choice("auto", "joint", "plain"),
+        "joint trains the members in one batch, plain one after another; auto is joint wherever that works.",
+    )
+    members_at_once: int | None = key(
+        None,
+        optional(integer(1)),
+        "Members that share a forward pass, at the same result; null is as many as keep the hardware busy.",
+        operational=True,
+    )
+    device: str = key(
+        "auto",
+        text(),
+        "torch device: cpu, cuda, cuda:1, mps; auto is the process's own under accelerate.",
+        operational=True,
+    )
+
+    checkpoint_steps: int | None = key(
+        100,
+        optional(integer(1)),
+        "Optimiser steps from one checkpoint to the next; null keeps one an epoch.",
+        section="Seen from outside",
+        operational=True,
+    )
+    keep_checkpoints: int = key(2, integer(1), "Checkpoints kept of each member.", operational=True)
+    report_to: tuple[str, ...] = key(
+        (),
+        texts(),
+        "Trackers of accelerate that losses in nats are sent to: tensorboard, wandb, mlflow …",
+        operational=True,
+    )
 
     @classmethod
     def load(cls, source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -111,23 +236,22 @@ class Recipe:
     @classmethod
     def from_mapping(cls, values: Mapping[Any, Any], where: str = "recipe") -> Recipe:
         """Check ``values`` and build the recipe; ``where`` names their source in errors."""
-        known = [field.name for field in fields(cls)]
-        for key in values:
-            if key not in known:
-                raise EnsembleError(f"{where}: unknown key {key!r}; {_nearest(str(key), known)}")
-        for key in ("base_model", "task"):
-            if values.get(key) in (None, "", []):
-                raise EnsembleError(f"{where}: no {key}; add a line '{key}: …' or give {key}=…")
-        recipe = cls(**{key: _checked(key, value, where) for key, value in values.items()})
+        for name in values:
+            if name not in RULES:
+                raise EnsembleError(f"{where}: unknown key {name!r}; {_known(str(name))}")
+        for name in REQUIRED:
+            if values.get(name) in (None, "", []):
+                raise EnsembleError(f"{where}: no {name}; add a line '{name}: …' or give {name}=…")
+        recipe = cls(**{name: _checked(name, value, where) for name, value in values.items()})
         _check_together(recipe, where)
         return recipe
 
     def as_mapping(self, *, operational: bool = True) -> dict[str, Any]:
         """Return the keys and values in plain YAML types, with or without the operational ones."""
         return {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in asdict(self).items()
-            if operational or key not in OPERATIONAL
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+            if operational or name not in OPERATIONAL
         }
 
     def as_yaml(self, *, operational: bool = True) -> str:
@@ -136,13 +260,19 @@ class Recipe:
 
     def differences(self, other: Recipe) -> list[str]:
         """Return the keys on which two recipes would compute different members."""
-        mine, theirs = self.as_mapping(), other.as_mapping()
-        return [key for key in mine if key not in OPERATIONAL and mine[key] != theirs[key]]
+        own, others = self.as_mapping(operational=False), other.as_mapping(operational=False)
+        return [name for name, value in own.items() if value != others[name]]
 
     @property
     def scaling(self) -> float:
         """The factor of B·A: alpha / rank, or alpha / √rank for rank-stabilised LoRA."""
         return float(self.alpha / (self.rank**0.5 if self.rslora else self.rank))
+
+
+RULES: dict[str, Rule] = {field.name: field.metadata["rule"] for field in fields(Recipe)}
+REQUIRED = tuple(field.name for field in fields(Recipe) if field.default is MISSING)
+OPERATIONAL = frozenset(field.name for field in fields(Recipe) if field.metadata["operational"])
+"""Keys that say how a run is carried out, not what it computes: they may change when a run is resumed."""
 
 
 def find(source: str | Path) -> Path:
@@ -163,28 +293,28 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
     """Parse ``key=value`` words; values are read as YAML."""
     values: dict[str, Any] = {}
     for word in overrides:
-        key, equals, text = word.partition("=")
-        if not equals or not key.strip():
+        name, equals, value = word.partition("=")
+        if not equals or not name.strip():
             raise EnsembleError(f"{word!r} is no override; write key=value, for example members=3")
         try:
-            values[key.strip()] = yaml.safe_load(text)
+            values[name.strip()] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise EnsembleError(f"the value of override {word!r} is not YAML; quote it") from error
     return values
 
 
-def _nearest(key: str, known: list[str]) -> str:
-    """Say which known key was probably meant."""
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+def _known(name: str) -> str:
+    """Say which key was probably meant."""
+    near = nearest(name, RULES)
+    return f"did you mean {near!r}?" if near else f"known keys: {', '.join(RULES)}"
 
 
-def _checked(key: str, value: Any, where: str) -> Any:
-    check = knobs.CHECKS[key]
+def _checked(name: str, value: Any, where: str) -> Any:
+    rule = RULES[name]
     try:
-        return check(value)
+        return rule.convert(value)
     except (ValueError, TypeError, OverflowError):
-        raise EnsembleError(f"{where}: {key} is {value!r}, it must be {check.expectation}") from None
+        raise EnsembleError(f"{where}: {name} is {value!r}, it must be {rule.expectation}") from None
 
 
 def _check_together(recipe: Recipe, where: str) -> None:

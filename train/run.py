@@ -50,6 +50,31 @@ def train_members(recipe: Recipe, member: int | None = None) -> Path:
     return folder.path
 
 
+def complete(recipe: Recipe) -> Path:
+    """Write the manifest of an ensemble whose members are all done, and return its folder; train nothing.
+
+    Args:
+        recipe: the ensemble's recipe; its ``output`` is where the folder is now.
+
+    Raises:
+        EnsembleError: members are missing, or the folder is another recipe's.
+    """
+    folder = EnsembleFolder(recipe)
+    folder.check_recipe()
+    if folder.complete:
+        log.info("%s is complete; nothing to do", folder.path)
+        return folder.path
+    if folder.unfinished:
+        raise EnsembleError(
+            f"{folder.path} still lacks {', '.join(folder.unfinished)}; give --member I instead of --complete for "
+            "each, or neither to train what is left"
+        )
+    from lm_eval_lora_ensemble.train.base import resolve_name
+
+    folder.finish(resolve_name(recipe.base_model))
+    return folder.path
+
+
 def _process_state(recipe: Recipe) -> Any:
     """Return accelerate's view of the processes; it reads what ``accelerate launch`` or torchrun set."""
     from accelerate import PartialState

@@ -6,7 +6,7 @@ import logging
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_lora_ensemble.errors import EnsembleError
+from lm_eval_lora_ensemble.errors import EnsembleError, first_line
 
 if TYPE_CHECKING:
     from lm_eval_lora_ensemble.train.folder import EnsembleFolder
@@ -43,7 +43,7 @@ class Trackers:
             self.accelerator.init_trackers(PROJECT, config=config)
         except (ValueError, ImportError) as error:
             raise EnsembleError(
-                f"report_to={','.join(recipe.report_to)}: {str(error).strip().splitlines()[0]}; "
+                f"report_to={','.join(recipe.report_to)}: {first_line(error)}; "
                 "name trackers that accelerate knows and install them, for example `pip install tensorboard`"
             ) from error
         log.info("Tracking in %s", logs)

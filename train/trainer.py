@@ -18,12 +18,11 @@ from lm_eval_lora_ensemble.train.checkpoint import Checkpoints
 from lm_eval_lora_ensemble.train.engine import learning_rate
 from lm_eval_lora_ensemble.train.joint import JointEngine
 from lm_eval_lora_ensemble.train.layout import Layout
-from lm_eval_lora_ensemble.train.metrics import assemble
 from lm_eval_lora_ensemble.train.order import Order
 from lm_eval_lora_ensemble.train.plain import PlainEngine
 from lm_eval_lora_ensemble.train.trackers import Trackers
 from lm_eval_lora_ensemble.train.tree import failed_trial, why_no_tree_rows
-from lm_eval_lora_ensemble.train.validation import Validation
+from lm_eval_lora_ensemble.train.validation import Validation, assemble_metrics
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -242,7 +241,7 @@ class Trainer:
             progress.records.append(record)
             self._stop_early(progress, epoch)
             self.folder.write_records(name, progress.records)
-        assemble(self.folder, self.validation)
+        assemble_metrics(self.folder, self.validation)
 
     def _write_validation(self, name: str, epoch: int, lls: np.ndarray) -> None:
         path = self.folder.validation_file(name, epoch)

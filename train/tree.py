@@ -10,9 +10,8 @@ import numpy.typing as npt
 import torch
 
 from lm_eval_lora_ensemble.train.examples import Choice, Example
-from lm_eval_lora_ensemble.train.head import ScoredHead
 from lm_eval_lora_ensemble.train.layout import Layout, as_request
-from lm_eval_lora_ensemble.train.objective import loglikelihoods
+from lm_eval_lora_ensemble.train.objective import ScoredHead, loglikelihoods
 from lm_eval_lora_ensemble.tree.requests import TokenRequest
 from lm_eval_lora_ensemble.tree.support import why_no_tree
 from lm_eval_lora_ensemble.tree.trial import trial_error

@@ -1,13 +1,18 @@
-"""How good the members and the ensemble are after each epoch, on documents no member trained on."""
+"""How good the members and the ensemble are after each epoch, on documents no member trained on.
+
+metrics.jsonl is put together here from the members' own files.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+from filelock import FileLock
 
+from lm_eval_lora_ensemble.disk import writing
 from lm_eval_lora_ensemble.train.engine import Engine
 from lm_eval_lora_ensemble.train.examples import Example
 from lm_eval_lora_ensemble.train.layout import Layout
@@ -15,6 +20,8 @@ from lm_eval_lora_ensemble.train.order import round_up
 
 if TYPE_CHECKING:
     import torch
+
+    from lm_eval_lora_ensemble.train.folder import EnsembleFolder
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -88,3 +95,45 @@ class Validation:
             "nll": float(-np.log((p * self.is_gold).sum(-1)).mean()),
             "ece": float(expected_calibration_error(p.max(-1), correct)),
         }
+
+
+def assemble_metrics(folder: EnsembleFolder, validation: Validation | None) -> None:
+    """Write metrics.jsonl as far as every member has come.
+
+    A pure function of the members' files: whichever process calls it last leaves the same content.
+
+    Args:
+        folder: the ensemble's folder.
+        validation: the validation set, None where the task has none.
+    """
+    with writing(folder.path), FileLock(folder.scratch / "metrics.lock"):
+        records = {name: folder.read_records(name) for name in folder.names}
+        lines = []
+        for epoch in range(max(map(len, records.values()))):
+            present = {name: _record(of_member, epoch) for name, of_member in records.items()}
+            if any(record is None for record in present.values()):
+                break
+            lines.append(_line(folder, validation, epoch, present))
+        folder.write_metrics(lines)
+
+
+def _record(records: list[dict[str, Any]], epoch: int) -> dict[str, Any] | None:
+    """Return a member's record of an epoch, its last one if it stopped early, None if it is not there yet."""
+    if epoch < len(records):
+        return records[epoch]
+    return records[-1] if records and records[-1].get("stopped") else None
+
+
+def _line(
+    folder: EnsembleFolder, validation: Validation | None, epoch: int, members: dict[str, Any]
+) -> dict[str, Any]:
+    ensemble = None
+    if validation:
+        lls = [np.load(folder.validation_file(name, record["epoch"])) for name, record in members.items()]
+        ensemble = validation.ensemble_measures(np.stack(lls))
+    return {
+        "epoch": epoch,
+        "step": max(record["step"] for record in members.values()),
+        "members": members,
+        "ensemble": ensemble,
+    }

@@ -10,7 +10,8 @@ import argparse
 from pathlib import Path
 
 from lm_eval_lora_ensemble.disk import sha256
-from lm_eval_lora_ensemble.ensemble.adapters.folder import Adapter, check_adapter, inside
+from lm_eval_lora_ensemble.ensemble.adapters.folder import CONFIG, Adapter, check_adapter, inside
+from lm_eval_lora_ensemble.ensemble.manifest import FILE_NAME as MANIFEST
 from lm_eval_lora_ensemble.ensemble.members import Ensemble, Member, Source, common_base, find_sources
 from lm_eval_lora_ensemble.errors import EXIT_CODE, EnsembleError, one_line
 
@@ -23,15 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check every member and kept epoch; return 0 if all are sound, 2 if any is not.
+    """Check every member and kept epoch; return 0 if all are sound, 2 if any is not. Nothing is written.
 
-    A folder that training has filled member by member gets its manifest first.
+    Raises:
+        EnsembleError: no members, or a folder that training has not finished.
     """
     folder = arguments.ensemble.expanduser()
-    if (folder / "recipe.yaml").is_file():
-        from lm_eval_lora_ensemble.train.completion import complete
-
-        complete(folder.absolute())
+    _refuse_unfinished(folder)
     sources, book = find_sources(arguments.ensemble)
     sound: dict[str, Adapter] = {}
     for source in sources:
@@ -51,6 +50,16 @@ def run(arguments: argparse.Namespace) -> int:
     ensemble = Ensemble(*common_base([adapter.config for adapter in sound.values()], book), members)
     print(one_line(f"{len(members)} members on {ensemble.base_model}, fingerprint {ensemble.fingerprint}"))
     return 0
+
+
+def _refuse_unfinished(folder: Path) -> None:
+    """Refuse a training run's folder without a manifest; a recipe beside an adapter is a finished member's."""
+    recipe = folder / "recipe.yaml"
+    if recipe.is_file() and not any((folder / name).is_file() for name in (MANIFEST, CONFIG)):
+        raise EnsembleError(
+            f"{folder} is a training run without {MANIFEST}; go on with it (`lora-ensemble train {recipe}`), or, "
+            f"where every member is done, write it: `lora-ensemble train {recipe} --complete`"
+        )
 
 
 def _check_member(root: Path, source: Source) -> tuple[Adapter, str]:

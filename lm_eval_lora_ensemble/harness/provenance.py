@@ -4,24 +4,37 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from lm_eval_lora_ensemble.ensemble.manifest import FILE_NAME, Manifest
 
-PACKAGES = ("lm-eval-lora-ensemble", "lm-eval", "torch", "transformers", "peft", "safetensors")
+if TYPE_CHECKING:
+    import torch
+
+PACKAGES = ("lm-eval-lora-ensemble", "lm-eval", "torch", "transformers", "peft", "safetensors", "datasets")
 
 
 def versions() -> dict[str, str]:
-    """Return the version of Python and of every package that scores pass through."""
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    """Return the version of Python and of every installed package that decides members' weights or scores."""
+    return {
+        "python": platform.python_version(),
+        **{name: found for name in PACKAGES if (found := _version(name))},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def device_name(device: torch.device) -> str:
     """Return the device that computed, with the accelerator's name: ``cuda:0 (NVIDIA H100)``, ``cpu``."""
+    import torch
+
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return str(device)

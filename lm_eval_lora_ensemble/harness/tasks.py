@@ -13,7 +13,6 @@ import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.config.group import AggMetricConfig
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from lm_eval_lora_ensemble.errors import EnsembleError
+from lm_eval_lora_ensemble.errors import EnsembleError, nearest
 from lm_eval_lora_ensemble.harness import patches
 from lm_eval_lora_ensemble.metrics import choices
 from lm_eval_lora_ensemble.metrics.battery import METRICS, Battery
@@ -76,7 +75,7 @@ class UncertaintyState:
     def __post_init__(self) -> None:
         for name in self.metrics:
             if name not in METRICS:
-                near = get_close_matches(name, METRICS, n=1, cutoff=0.0)[0]
+                near = nearest(name, METRICS, cutoff=0.0)
                 raise EnsembleError(f"uncertainty has no metric {name!r}; the nearest is {near!r}")
 
 

@@ -1,0 +1,32 @@
+"""Which choices of a document are right, as lm-eval's own scoring of multiple choice derives it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def gold_indices(task: Any, doc: Any, choices: Sequence[str]) -> tuple[int, ...]:
+    """Return the indices of a document's right choices, nearly always one.
+
+    The derivation is that of ``ConfigurableTask.process_results``: the gold is what ``doc_to_target`` says, or
+    ``doc_to_text`` where the context varies with the choice; a text counts as the choice it equals, a list as
+    several right choices. lm-eval lets an index outside the choices pass and calls every answer wrong.
+
+    Args:
+        task: an lm-eval ``ConfigurableTask`` of multiple choice that scores documents in the stock way.
+        doc: one of its documents.
+        choices: ``task.doc_to_choice(doc)``.
+
+    Raises:
+        LookupError: the document has no gold, or one that is none of its choices; the message names it.
+    """
+    gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+    if isinstance(gold, str):
+        golds = [choices.index(gold)] if gold in choices else []
+    else:
+        golds = list(gold) if isinstance(gold, (list, tuple)) else [gold]
+    # `in range` compares numbers of any type, and takes None or a text for what they are: no index
+    if not golds or any(index not in range(len(choices)) for index in golds):
+        raise LookupError(f"the gold {gold!r} is none of its {len(choices)} choices")
+    return tuple(int(index) for index in golds)
