@@ -100,7 +100,7 @@ def put_folder(scratch: Path, target: Path) -> None:
 
 def _exchange(one: Path, other: Path) -> None:
     """Let two paths change places: one step where the system can (Linux, macOS), else two renames."""
-    libc = ctypes.CDLL(None, use_errno=True) if sys.platform in ("linux", "darwin") else None
+    libc: Any = ctypes.CDLL(None, use_errno=True) if sys.platform in ("linux", "darwin") else None
     paths = os.fsencode(one), os.fsencode(other)
     if sys.platform == "linux" and hasattr(libc, "renameat2"):
         at_cwd, exchange = -100, 2
