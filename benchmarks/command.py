@@ -1,7 +1,8 @@
 """Whole commands: ``lm_eval --model lora-ensemble`` with N members against ``lm_eval --model hf`` with one.
 
 What a user waits for: starting Python, loading the base model and adapters, building the task, scoring, metrics
-and files. The two commands alternate; reported are medians, their ratio, and the peak memory of each.
+and files. The two commands alternate; reported are medians, their ratio, and the peak memory of each, and how
+fast the machine's matrix products are.
 
     python benchmarks/command.py --task arc_easy --limit 200
     python benchmarks/command.py --adapters my/ensemble --base my/base --task hellaswag --limit 100 --repeats 1
@@ -21,8 +22,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from scoring import random_adapters
+import torch
+from machine import description
+from peak import gemm_peak, linear_shapes, meaning, meta_model
 from transformers import AutoConfig
+from workload import random_adapters
 
 from lm_eval_lora_ensemble.ensemble.base_model import resolve
 from lm_eval_lora_ensemble.precision import fast_dtype
@@ -72,8 +76,17 @@ def main() -> None:
                 peaks[name].append(run(words))
                 seconds[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
+    # only now: what a child inherits of this process's peak memory would count as its own
+    peak = gemm_peak(
+        linear_shapes(meta_model(AutoConfig.from_pretrained(base))),
+        getattr(torch, options.dtype),
+        options.device,
+    )
     report = {
         "setting": {name: str(value) for name, value in vars(options).items()},
+        **description(options.device),
+        "gemm_peak": meaning(peak, options.dtype, options.device),
+        "gemm_peak_tflops": peak / 1e12,
         "seconds": medians,
         "all_seconds": seconds,
         "ratio": medians["lora-ensemble"] / medians["hf"],
@@ -95,7 +108,7 @@ def run(words: list[str]) -> int:
         if child.returncode:
             said.seek(0)
             sys.exit(f"{' '.join(words)}\n{said.read().decode(errors='replace')[-3000:]}")
-    # this process is small, so what a child inherits of its peak does not count
+    # this process is small while commands run, so what a child inherits of its peak does not count
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

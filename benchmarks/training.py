@@ -8,6 +8,12 @@ memory is measured in a process each.
     python benchmarks/training.py --objective choices --documents 4
     python benchmarks/training.py --base-model smollm2           # the real weights
     python benchmarks/training.py --shape mistral-7b --length 128 --device cuda          # the paper's batch
+
+With ``--against CHECKOUT`` the joint step of another checkout (of any release since 0.1.0) takes the place of the
+single runs; each runs in a process of its own, with the checkout's ``.venv`` if it has one, and the pairs' ratio gets
+an interval. A pair is one step of each.
+
+    python benchmarks/training.py --base-model smollm2 --against ../release-0.1.0 --pairs 10
 """
 
 from __future__ import annotations
@@ -19,39 +25,41 @@ import json
 import statistics
 import subprocess
 import sys
-import time
-from types import SimpleNamespace
+import tempfile
+from pathlib import Path
 
+import against
 import numpy as np
 import torch
-from memory import peak_bytes
+from joint import CHOICES, Joint, base_model, batches, documents, recipe_of
+from machine import description, headline, peak_bytes, timed
+from peak import gemm_peak, linear_shapes, meaning, meta_model
 from shapes import SHAPES
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
+from lm_eval_lora_ensemble.ensemble.base_model import resolve
 from lm_eval_lora_ensemble.precision import fast_dtype
-from lm_eval_lora_ensemble.train.adapters import attach, lora_config
-from lm_eval_lora_ensemble.train.base import Base, resolve_name
-from lm_eval_lora_ensemble.train.examples import Choice, Example
-from lm_eval_lora_ensemble.train.joint import JointEngine
-from lm_eval_lora_ensemble.train.layout import Layout, chain, use_tree_rows
-from lm_eval_lora_ensemble.train.order import MicroBatch
-from lm_eval_lora_ensemble.train.recipe import Recipe
-
-CHOICES = 4
-CHOICE_TOKENS = 6
+from lm_eval_lora_ensemble.train.adapters import lora_config
+from lm_eval_lora_ensemble.train.base import Base
+from lm_eval_lora_ensemble.train.examples import Example
 
 
 def main() -> None:
-    """Print the comparison as JSON."""
-    arguments = parse_arguments()
-    torch.set_num_threads(arguments.threads or torch.get_num_threads())
-    if arguments.only:
-        print(json.dumps(measure_memory(arguments)))
+    """Print the comparison: as JSON, or as a table if it is with another checkout."""
+    options = parse_arguments()
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    if options.only:
+        print(json.dumps(measure_memory(options)))
         return
-    report = compare(arguments)
-    if not arguments.no_memory:
+    if options.against:
+        compare_checkouts(options)
+        return
+    report = compare(options)
+    if not options.no_memory:
         report |= memory_of_each(sys.argv[1:])
     print(json.dumps(report, indent=2))
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=2))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -75,32 +83,48 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--no-memory", action="store_true", help="skip the two extra processes")
+    parser.add_argument("--json", type=Path, help="write the result there too")
     parser.add_argument("--only", choices=("joint", "single"), help=argparse.SUPPRESS)
-    return parser.parse_args()
+    against.add_arguments(parser)
+    options = parser.parse_args()
+    if options.dtype == "auto":
+        options.dtype = str(fast_dtype(options.device)).removeprefix("torch.")
+    if options.base_model:
+        options.base_model = resolve(options.base_model)
+    return options
 
 
-def compare(arguments: argparse.Namespace) -> dict[str, object]:
+def compare(options: argparse.Namespace) -> dict[str, object]:
     """Alternate joint and single steps and compare times and weights."""
-    base = base_model(arguments)
-    singles = [Single(arguments, twin(base), member) for member in range(arguments.members)]
-    joint = Joint(arguments, base)
+    base = base_model(options)
+    singles = [Single(options, twin(base), member) for member in range(options.members)]
+    peak = gemm_peak(linear_shapes(base.model), base.model.dtype, options.device)
+    joint = Joint(options, base)
+    with joint.counted():
+        joint.step(0)
+    for run in singles:
+        run.step(0)
     times: dict[str, list[float]] = {"joint": [], "single": []}
-    for step in range(arguments.steps + 1):
-        times["joint"].append(timed(arguments.device, lambda step=step: joint.step(step)))
-        times["single"].append(timed(arguments.device, lambda step=step: [run.step(step) for run in singles]))
-    seconds = {name: statistics.median(values[1:]) for name, values in times.items()}
-    peak = gemm_peak(arguments.device, joint.dtype)
+    for step in range(1, options.steps + 1):
+        times["joint"].append(timed(lambda step=step: joint.step(step), options.device)[0])
+        times["single"].append(
+            timed(lambda step=step: [run.step(step) for run in singles], options.device)[0]
+        )
+    seconds = {name: statistics.median(values) for name, values in times.items()}
     return {
-        "machine": machine(arguments.device),
-        "setting": {key: value for key, value in vars(arguments).items() if key != "only"},
-        "dtype": str(joint.dtype),
+        **description(options.device),
+        "setting": {
+            key: str(value) for key, value in vars(options).items() if key not in {"only", "against", "json"}
+        },
+        "dtype": options.dtype,
         "seconds_joint_step": seconds["joint"],
         "seconds_single_steps": seconds["single"],
         "ratio": seconds["single"] / seconds["joint"],
-        "ratios": [s / j for s, j in zip(times["single"][1:], times["joint"][1:], strict=True)],
+        "ratios": [s / j for s, j in zip(times["single"], times["joint"], strict=True)],
         "joint_tokens_per_second": joint.tokens / seconds["joint"],
         "joint_tokens": joint.tokens,
         "single_tokens": sum(run.tokens for run in singles),
+        "gemm_peak": meaning(peak, options.dtype, options.device),
         "gemm_peak_tflops": peak / 1e12,
         "joint_share_of_gemm_peak": joint.flops / seconds["joint"] / peak,
         "largest_weight_difference": max(
@@ -111,111 +135,32 @@ def compare(arguments: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def documents(arguments: argparse.Namespace) -> list[Example]:
-    """Random documents: a choice's row has ``--length`` tokens, its answer one token or a few."""
-    generator = np.random.default_rng(0)
-    answer = 1 if arguments.objective == "answer" else CHOICE_TOKENS
-    examples = []
-    for i in range(2 * arguments.documents):
-        context = tuple(int(t) for t in generator.integers(2, 900, arguments.length + 1 - answer))
-        choices = tuple(
-            Choice(context, tuple(int(t) for t in generator.integers(2, 900, answer))) for _ in range(CHOICES)
-        )
-        examples.append(Example("random", i, choices, (i % CHOICES,)))
-    return examples
-
-
-def batches(arguments: argparse.Namespace, step: int) -> list[list[int]]:
-    """The documents of every member at a step."""
-    return [
-        [int(d) for d in np.random.default_rng([step, m]).permutation(2 * arguments.documents)][
-            : arguments.documents
-        ]
-        for m in range(arguments.members)
-    ]
-
-
-def recipe_of(arguments: argparse.Namespace) -> Recipe:
-    """The settings both ways share."""
-    return Recipe.from_mapping(
-        {
-            "base_model": "benchmark",
-            "task": "random",
-            "members": arguments.members,
-            "objective": arguments.objective,
-            "alpha": 32,
-            "learning_rate": 5e-4,
-            "gradient_clip": 1.0,
-            "members_at_once": arguments.members_at_once,
-            "gradient_checkpointing": arguments.gradient_checkpointing,
-        }
-    )
-
-
 def twin(base: Base) -> Base:
     """Copy a model's modules but not its (frozen) weights."""
     shared = {id(p): p for p in base.model.parameters()}
     return dataclasses.replace(base, model=copy.deepcopy(base.model, shared))
 
 
-def base_model(arguments: argparse.Namespace) -> Base:
-    """Load or make the frozen model."""
-    dtype = fast_dtype(arguments.device) if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
-    if arguments.base_model:
-        model = AutoModelForCausalLM.from_pretrained(resolve_name(arguments.base_model), dtype=dtype)
-    else:
-        torch.manual_seed(0)
-        with torch.device(arguments.device):
-            model = AutoModelForCausalLM.from_config(SHAPES[arguments.shape], dtype=dtype)
-    model = model.to(arguments.device).eval().requires_grad_(requires_grad=False)
-    return Base(model, SimpleNamespace(), model.name_or_path, 10**9)
-
-
-class Joint:
-    """All members in this package's joint step."""
-
-    def __init__(self, arguments: argparse.Namespace, base: Base) -> None:
-        recipe, examples = recipe_of(arguments), documents(arguments)
-        weights = sum(p.numel() for p in base.model.model.layers.parameters())
-        self.arguments = arguments
-        self.dtype = base.model.dtype
-        self.layout = Layout(
-            examples, gold_only=arguments.objective == "answer", use_tree=use_tree_rows(base.model, examples)
-        )
-        self.length = max(self.layout.lengths())
-        members = {f"member_{m:02d}": m for m in range(arguments.members)}
-        self.engine = JointEngine(attach(base, recipe, members), members, recipe, self.layout, 10**6)
-        self.tokens = arguments.members * arguments.documents * self.layout.rows_per_document * self.length
-        head = base.model.get_output_embeddings().weight.numel()
-        scored = arguments.members * len(self.layout.batch([[0]], self.length, torch.device("cpu")).scored)
-        # Two operations a weight and token forward, two for the input's gradient, none for frozen weights.
-        self.flops = 4.0 * (weights * self.tokens + head * scored * arguments.documents)
-
-    def step(self, step: int) -> None:
-        """Take one step of every member."""
-        self.engine.step([MicroBatch(batches(self.arguments, step), self.length)], step, self.engine.names)
-
-
 class Single:
     """One member as a user would train it with PEFT."""
 
-    def __init__(self, arguments: argparse.Namespace, base: Base, member: int) -> None:
+    def __init__(self, options: argparse.Namespace, base: Base, member: int) -> None:
         from peft import get_peft_model
 
-        self.arguments, self.member, self.examples = arguments, member, documents(arguments)
+        self.options, self.member, self.examples = options, member, documents(options)
         torch.manual_seed(member)
-        self.model = get_peft_model(base.model, lora_config(recipe_of(arguments), base)).train()
-        if arguments.gradient_checkpointing:
+        self.model = get_peft_model(base.model, lora_config(recipe_of(options), base)).train()
+        if options.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimiser = torch.optim.AdamW(self.parameters, lr=5e-4, weight_decay=0.0)
-        rows = 1 if arguments.objective == "answer" else CHOICES
-        self.tokens = arguments.documents * rows * arguments.length
+        rows = 1 if options.objective == "answer" else CHOICES
+        self.tokens = options.documents * rows * options.length
 
     def step(self, step: int) -> None:
         """Take one step."""
-        chosen = [self.examples[d] for d in batches(self.arguments, step)[self.member]]
-        loss = self.answer_loss(chosen) if self.arguments.objective == "answer" else self.choices_loss(chosen)
+        chosen = [self.examples[d] for d in batches(self.options, step)[self.member]]
+        loss = self.answer_loss(chosen) if self.options.objective == "answer" else self.choices_loss(chosen)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimiser.step()
@@ -224,7 +169,7 @@ class Single:
     def answer_loss(self, examples: list[Example]) -> torch.Tensor:
         """The loss that transformers computes from labels: the mean over the answer tokens."""
         rows = [example.choices[example.gold[0]] for example in examples]
-        ids = torch.tensor([row.context + row.continuation for row in rows], device=self.arguments.device)
+        ids = torch.tensor([row.context + row.continuation for row in rows], device=self.options.device)
         labels = ids.clone()
         labels[:, : len(rows[0].context)] = -100
         return self.model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
@@ -232,11 +177,13 @@ class Single:
     def choices_loss(self, examples: list[Example]) -> torch.Tensor:
         """One row a choice, cross-entropy over the softmax of the rows' loglikelihoods."""
         rows = [choice for example in examples for choice in example.choices]
-        ids = torch.tensor([chain(row).tokens for row in rows], device=self.arguments.device)
-        targets = torch.tensor([row.continuation for row in rows], device=self.arguments.device)
+        ids = torch.tensor(
+            [(row.context + row.continuation)[:-1] for row in rows], device=self.options.device
+        )
+        targets = torch.tensor([row.continuation for row in rows], device=self.options.device)
         logits = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         tokens = logits[:, -targets.shape[1] :].float().log_softmax(-1).gather(-1, targets[..., None])
-        gold = torch.tensor([example.gold[0] for example in examples], device=self.arguments.device)
+        gold = torch.tensor([example.gold[0] for example in examples], device=self.options.device)
         return torch.nn.functional.cross_entropy(tokens.sum((1, 2)).view(len(examples), -1), gold)
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -246,32 +193,10 @@ class Single:
         return get_peft_model_state_dict(self.model)
 
 
-def timed(device: str, work) -> float:
-    """Return the seconds that ``work`` takes."""
-    synchronise(device)
-    start = time.perf_counter()
-    work()
-    synchronise(device)
-    return time.perf_counter() - start
-
-
-def synchronise(device: str) -> None:
-    """Wait for a GPU."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-
-
 def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     """Return the largest absolute difference of two adapters."""
     assert one.keys() == other.keys()
     return max(float((one[key] - other[key]).abs().max()) for key in one)
-
-
-def gemm_peak(device: str, dtype: torch.dtype) -> float:
-    """The fastest of a few large matrix products, in floating-point operations a second."""
-    size = 8192 if device.startswith("cuda") else 1024
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / min(timed(device, lambda: a @ b) for _ in range(6))
 
 
 def memory_of_each(argv: list[str]) -> dict[str, float]:
@@ -289,22 +214,42 @@ def memory_of_each(argv: list[str]) -> dict[str, float]:
     }
 
 
-def measure_memory(arguments: argparse.Namespace) -> dict[str, float]:
+def measure_memory(options: argparse.Namespace) -> dict[str, float]:
     """Take two steps of one way and return the process's peak (on a GPU, the allocator's)."""
-    base = base_model(arguments)
-    way = Joint(arguments, base) if arguments.only == "joint" else Single(arguments, base, 0)
+    base = base_model(options)
+    way = Joint(options, base) if options.only == "joint" else Single(options, base, 0)
     for step in range(2):
         way.step(step)
-    if arguments.device.startswith("cuda"):
-        return {"peak_bytes": torch.cuda.max_memory_allocated()}
-    return {"peak_bytes": peak_bytes()}
+    return {"peak_bytes": peak_bytes(options.device)}
 
 
-def machine(device: str) -> str:
-    """Name what the numbers were taken on."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name()
-    return f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+def compare_checkouts(options: argparse.Namespace) -> None:
+    """Let this checkout's joint step and another's take turns on the same batches, and print the comparison."""
+    settings = {key: value for key, value in vars(options).items() if key not in {"against", "json"}}
+    row = against.PairedTimes(
+        f"{options.objective}, {options.documents} documents of {options.length} tokens a member"
+    )
+    losses = []
+    with (
+        against.both("training", options.against, settings) as engines,
+        tempfile.TemporaryDirectory() as scratch,
+    ):
+        against.alternate(
+            row, engines, options.pairs, lambda *both: losses.append(np.abs(np.subtract(*both)).max())
+        )
+        row.differences["losses, nats"] = float(max(losses))
+        row.differences["weights"] = against.saved_difference(engines, Path(scratch))
+        compared = against.provenance(engines)
+    real = options.base_model
+    config = AutoConfig.from_pretrained(real) if real else SHAPES[options.shape]
+    peak = gemm_peak(linear_shapes(meta_model(config)), getattr(torch, options.dtype), options.device)
+    against.report(
+        [row],
+        compared,
+        heading=f"training, N = {options.members}, {headline(options.device, options.dtype)}",
+        peak=meaning(peak, options.dtype, options.device),
+        json_file=options.json,
+    )
 
 
 if __name__ == "__main__":
