@@ -86,10 +86,20 @@ def base_model(options: Namespace) -> Base:
 
 def layout_of(options: Namespace, base: Base, examples: list[Example]) -> Any:
     """Return the rows of the documents, as the checkout at hand lays them out."""
-    from lm_eval_lora_ensemble.train.layout import Layout, use_tree_rows
+    from lm_eval_lora_ensemble.train import layout
 
-    use_tree = use_tree_rows(base.model, examples)
-    return Layout(examples, gold_only=options.objective == "answer", use_tree=use_tree)
+    gold_only = options.objective == "answer"
+    if hasattr(layout, "use_tree_rows"):  # 0.1.0
+        use_tree = layout.use_tree_rows(base.model, examples)
+        return layout.Layout(examples, gold_only=gold_only, use_tree=use_tree)
+    from lm_eval_lora_ensemble.train.tree import why_no_tree_rows
+
+    return layout.Layout(
+        examples,
+        gold_only=gold_only,
+        use_tree=why_no_tree_rows(base, examples) is None,
+        dtype=base.model.dtype,
+    )
 
 
 class Joint:
