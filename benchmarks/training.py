@@ -41,6 +41,7 @@ from lm_eval_lora_ensemble.ensemble.base_model import resolve
 from lm_eval_lora_ensemble.precision import fast_dtype
 from lm_eval_lora_ensemble.train.adapters import lora_config
 from lm_eval_lora_ensemble.train.base import Base
+from lm_eval_lora_ensemble.train.engine import checkpoint_layers
 from lm_eval_lora_ensemble.train.examples import Example
 
 
@@ -151,7 +152,7 @@ class Single:
         torch.manual_seed(member)
         self.model = get_peft_model(base.model, lora_config(recipe_of(options), base)).train()
         if options.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_layers(self.model)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimiser = torch.optim.AdamW(self.parameters, lr=5e-4, weight_decay=0.0)
         rows = 1 if options.objective == "answer" else CHOICES
