@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -20,10 +21,11 @@ from report_fixtures import write_run
 from lm_eval_lora_ensemble import cli
 from lm_eval_lora_ensemble.analysis.result import Settings
 from lm_eval_lora_ensemble.analysis.runs import load_runs, merge_runs
-from lm_eval_lora_ensemble.report.build import Options, make_report
+from lm_eval_lora_ensemble.report.build import make_report
 from lm_eval_lora_ensemble.report.entries import make_entries
 from lm_eval_lora_ensemble.report.leaderboard import COLUMNS, resamples_for
 from lm_eval_lora_ensemble.report.markdown import escape
+from lm_eval_lora_ensemble.report.model import Options
 from lm_eval_lora_ensemble.report.series import compare_series, make_series
 
 REAL = Path(__file__).parent / "data" / "smollm2_arc_easy"
@@ -189,6 +191,25 @@ def test_a_report_is_replaced_in_one_step(runs, tmp_path):
     assert not (tmp_path / "r" / "stale").exists()
     assert "<title>again</title>" in (tmp_path / "r" / "report.html").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["r"]
+
+
+@pytest.mark.parametrize(
+    "kills", [pytest.param(12, id="12-kills"), pytest.param(200, id="200-kills", marks=pytest.mark.long)]
+)
+def test_at_every_instant_there_is_one_whole_report_whoever_is_killed(tmp_path, kills):
+    write_run(tmp_path / "runs", {"one": 30}, members=2)
+    harness = Path(__file__).with_name("report_kill_harness.py")
+    words = [sys.executable, str(harness), str(tmp_path), str(kills), "1"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    print({**found, "amiss": len(found["amiss"])})
+    assert found["amiss"] == []
+    assert found["deaths"] == [signal.SIGKILL] * kills
+    assert found["looks"] > 50 * kills  # without which nothing would have been seen
+    assert found["titles"] > kills / 2
+    assert found["last"] == "last"
+    assert found["left"] == ["report", "runs"]
 
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>|*_`[a](javascript:0)\x1b[31m\u202e"

@@ -44,7 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.markup import escape
 
-    from lm_eval_lora_ensemble.report.build import Options, make_report, refuse_foreign, write_report
+    from lm_eval_lora_ensemble.report.build import make_report, refuse_foreign, write_report
+    from lm_eval_lora_ensemble.report.model import Options
 
     refuse_foreign(arguments.output)  # before the work, not after
     options = Options(

@@ -18,9 +18,9 @@ from lm_eval_lora_ensemble.metrics.battery import METRICS
 from lm_eval_lora_ensemble.report.documents import REASONS, Document
 from lm_eval_lora_ensemble.report.entries import short_name
 from lm_eval_lora_ensemble.report.leaderboard import COLUMNS, KINDS, Board, Cell, Row, display
+from lm_eval_lora_ensemble.report.model import Report
 
 if TYPE_CHECKING:
-    from lm_eval_lora_ensemble.report.build import Report
     from lm_eval_lora_ensemble.report.illustrations import Illustration
 
 FILE_NAME = "report.html"
