@@ -101,6 +101,25 @@ def test_every_file_is_there_and_the_page_needs_no_network(real):
     assert "3 of" in page and "--figures" in page  # what is not drawn is said
 
 
+def test_the_pages_script_reads_every_field_by_the_name_it_was_written_under(runs, tmp_path):
+    words = ["report", str(runs), "--output", str(tmp_path / "r"), *FEW, "--figures", "0"]
+    assert cli.main(words) == 0
+    page = (tmp_path / "r" / "report.html").read_text()
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])
+    script = page.rsplit("<script>", 1)[1]
+    assert data["documents"] and data["subtasks"]
+    assert {frozenset(document) for document in data["documents"]} == {
+        frozenset(re.findall(r"\bd\.(\w+)", script))
+    }
+    rows = [row for subtask in data["subtasks"] for row in subtask["rows"]]
+    assert {frozenset(row) for row in rows} == {frozenset(re.findall(r"\bvalues\.(\w+)", script))}
+    assert all(set(row["cells"]) == set(COLUMNS) for row in rows)
+    read = set(re.search(r"const \{ (.*?) \} = values.cells", script)[1].split(", "))
+    assert read == {"display", "interval", "best"}
+    # a cell without an interval or a mark leaves them out
+    assert all({"display"} <= set(cell) <= read for row in rows for cell in row["cells"].values())
+
+
 def test_csv_and_markdown_hold_the_same_numbers(real):
     rows = list(csv.DictReader((real / "leaderboard.csv").open()))
     cell = next(b for b in read(real)["leaderboard"] if b["task"] == "mmlu_anatomy")["rows"][0]["cells"][
