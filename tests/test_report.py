@@ -212,6 +212,13 @@ def test_a_report_is_replaced_in_one_step(runs, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["r"]
 
 
+def test_a_missing_library_is_named_with_the_way_to_get_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "jinja2", None)  # what an environment without it looks like to find_spec
+    assert cli.main(["report", str(REAL), "--output", str(tmp_path / "r")]) == 2
+    said = capsys.readouterr().err
+    assert "jinja2 is missing; from a checkout, pip install '.[report]'" in said
+
+
 @pytest.mark.parametrize(
     "kills", [pytest.param(12, id="12-kills"), pytest.param(200, id="200-kills", marks=pytest.mark.long)]
 )

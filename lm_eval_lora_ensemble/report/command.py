@@ -74,4 +74,4 @@ def require_libraries() -> None:
     """
     for module in ("matplotlib", "jinja2"):
         if importlib.util.find_spec(module) is None:
-            raise EnsembleError(f"{module} is missing; pip install 'lm-eval-lora-ensemble[report]'")
+            raise EnsembleError(f"{module} is missing; from a checkout, pip install '.[report]'")
