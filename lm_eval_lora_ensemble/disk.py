@@ -146,14 +146,15 @@ def put_folder(scratch: Path, target: Path) -> None:
 
 def _exchanged(one: Path, other: Path) -> bool:
     """Let two paths change places in one step; False, and nothing changed, where the system has no such step."""
-    libc = ctypes.CDLL(None, use_errno=True) if sys.platform in ("linux", "darwin") else None
-    paths = os.fsencode(one), os.fsencode(other)
-    if sys.platform == "linux" and hasattr(libc, "renameat2"):
-        at_cwd, exchange = -100, 2
-        return bool(libc.renameat2(at_cwd, paths[0], at_cwd, paths[1], exchange) == 0)
-    if sys.platform == "darwin" and hasattr(libc, "renamex_np"):
-        return bool(libc.renamex_np(*paths, 2) == 0)
-    return False
+    paths, status = (os.fsencode(one), os.fsencode(other)), -1
+    if sys.platform == "linux":
+        if swap := getattr(ctypes.CDLL(None), "renameat2", None):
+            at_cwd, exchange = -100, 2
+            status = swap(at_cwd, paths[0], at_cwd, paths[1], exchange)
+    elif sys.platform == "darwin":
+        if swap := getattr(ctypes.CDLL(None), "renamex_np", None):
+            status = swap(*paths, 2)
+    return status == 0
 
 
 def _replace_in_two_steps(scratch: Path, target: Path) -> None:
