@@ -212,6 +212,16 @@ def test_a_report_is_replaced_in_one_step(runs, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["r"]
 
 
+def test_a_link_to_a_report_stays_a_link(runs, tmp_path):
+    words = ["report", str(runs), *FEW, "--figures", "0", "--output"]
+    assert cli.main([*words, str(tmp_path / "r")]) == 0
+    (tmp_path / "link").symlink_to("r")
+    assert cli.main([*words, str(tmp_path / "link"), "--title", "again"]) == 0
+    assert (tmp_path / "link").is_symlink()
+    assert "<title>again</title>" in (tmp_path / "r" / "report.html").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "r"]
+
+
 def test_a_missing_library_is_named_with_the_way_to_get_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "jinja2", None)  # what an environment without it looks like to find_spec
     assert cli.main(["report", str(REAL), "--output", str(tmp_path / "r")]) == 2
@@ -229,7 +239,7 @@ def test_at_every_instant_there_is_one_whole_report_whoever_is_killed(tmp_path, 
     done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
-    print({**found, "amiss": len(found["amiss"])})
+    print({**found, "amiss": len(found["amiss"]), "deaths": len(found["deaths"])})
     assert found["amiss"] == []
     assert found["deaths"] == [signal.SIGKILL] * kills
     assert found["looks"] > 50 * kills  # without which nothing would have been seen
