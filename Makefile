@@ -28,11 +28,12 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# The folders tasks/ and train/ are sub-packages only once installed, so the check reads an installed copy.
+# The folders tasks/ and train/ are sub-packages only once installed, so mypy and import-linter read an installed copy.
 typecheck: install
 	rm -rf build
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/typecheck .
 	cd build/typecheck && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p lm_eval_lora_ensemble
+	cd build/typecheck && PYTHONPATH=. ../../$(BIN)/lint-imports --no-logo --no-cache ../../pyproject.toml
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache quickstart

@@ -3,13 +3,16 @@
 Guaranteed:
     * a file or folder written here appears under its name complete and flushed, or not at all; whoever reads
       meanwhile sees the old one or the new one, never a mixture, and after a kill at any instant one of the two;
-    * what a run leaves half-written lies under a name of :data:`NOT_TO_READ`, which no reader of ours opens;
+    * what is half-written lies under a hidden name or in a folder of :data:`NOT_TO_READ`, which no reader of ours
+      opens, and the next write of the same thing removes it;
     * JSON from a stranger is read to a bounded size and depth, and refused in one line.
 
 Traded away: a moment of twice the disk space, and the time of a flush.
 
-Out of scope: a disk that loses what it confirmed; file systems without rename; folders on systems other than
-Linux and macOS, where replacing one takes two renames and a kill between them leaves the old one under a hidden name.
+Out of scope: a disk that loses what it confirmed; file systems without rename; two machines that write one target
+at once. Where two folders cannot be exchanged in one step (systems other than Linux and macOS, some network file
+systems), replacing one takes two renames: a kill between them leaves nothing under the name and the old folder
+whole under a hidden one beside it, and the next write to that name first puts it back.
 """
 
 from __future__ import annotations
@@ -69,53 +72,115 @@ def copy_file(source: Path, target: Path, scratch_parent: Path) -> None:
     scratch.replace(target)
 
 
-def write_folder(target: Path, scratch_parent: Path, fill: Callable[[Path], None]) -> None:
+def write_folder(target: Path, scratch_parent: Path | None, fill: Callable[[Path], None]) -> None:
     """Let ``fill`` write a folder beside its place, flush every file and put the folder at ``target`` in one step.
 
     Args:
         target: where the folder will be; an older one is replaced.
-        scratch_parent: where it is written meanwhile, on the same file system.
+        scratch_parent: where it is written meanwhile, on the same file system; None for a hidden name beside
+            ``target``.
         fill: is given an empty folder.
+
+    Raises:
+        OSError: it cannot be written; ``target`` is as it was.
     """
-    scratch = scratch_parent / f"{target.parent.name}.{target.name}.{os.getpid()}"
-    shutil.rmtree(scratch, ignore_errors=True)
+    _put_back(target)
+    _remove_leftovers(target, scratch_parent)
+    scratch = _scratch(target, scratch_parent, str(os.getpid()))
     scratch.mkdir(parents=True)
-    fill(scratch)
-    for file in scratch.rglob("*"):
-        flush(file)
-    flush(scratch)
-    put_folder(scratch, target)
+    try:
+        fill(scratch)
+        for file in scratch.rglob("*"):
+            flush(file)
+        flush(scratch)
+        put_folder(scratch, target)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def _scratch(target: Path, parent: Path | None, writer: str) -> Path:
+    if parent is None:
+        return target.with_name(f".{target.name}.{writer}.writing")
+    return parent / f"{target.parent.name}.{target.name}.{writer}"
+
+
+def _remove_leftovers(target: Path, scratch_parent: Path | None) -> None:
+    """Remove what killed processes of this machine, or this one, left half-written on the way to ``target``."""
+    before, after = _scratch(target, scratch_parent, "\0").name.split("\0")
+    parent = scratch_parent or target.parent
+    for path in parent.iterdir() if parent.is_dir() else ():
+        writer = path.name.removeprefix(before).removesuffix(after)
+        if path.name == f"{before}{writer}{after}" and writer.isdecimal() and not _another_runs(int(writer)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _another_runs(process: int) -> bool:
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True  # another user's
+    return True
 
 
 def put_folder(scratch: Path, target: Path) -> None:
-    """Move the complete folder ``scratch`` to ``target``; an older one there is exchanged with it and removed."""
+    """Move the complete folder ``scratch`` to ``target``; an older one there is exchanged with it and removed.
+
+    Raises:
+        OSError: it cannot be moved; ``target`` is as it was.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists():
-        _exchange(scratch, target)
+    _put_back(target)
+    if not target.exists():
+        scratch.rename(target)
+    elif _exchanged(scratch, target):
         shutil.rmtree(scratch, ignore_errors=True)
     else:
-        scratch.rename(target)
+        _replace_in_two_steps(scratch, target)
     flush(target.parent)
 
 
-def _exchange(one: Path, other: Path) -> None:
-    """Let two paths change places: one step where the system can (Linux, macOS), else two renames."""
-    libc: Any = ctypes.CDLL(None, use_errno=True) if sys.platform in ("linux", "darwin") else None
-    paths = os.fsencode(one), os.fsencode(other)
-    if sys.platform == "linux" and hasattr(libc, "renameat2"):
-        at_cwd, exchange = -100, 2
-        status = libc.renameat2(at_cwd, paths[0], at_cwd, paths[1], exchange)
-    elif sys.platform == "darwin" and hasattr(libc, "renamex_np"):
-        status = libc.renamex_np(*paths, 2)
-    else:
-        status = -1
-    if status != 0:
-        # file systems without an exchange (some network ones) say so and change nothing
-        aside = one.with_name(f"{one.name}.old")
+def _exchanged(one: Path, other: Path) -> bool:
+    """Let two paths change places in one step; False, and nothing changed, where the system has no such step."""
+    paths, status = (os.fsencode(one), os.fsencode(other)), -1
+    if sys.platform == "linux":
+        if swap := getattr(ctypes.CDLL(None), "renameat2", None):
+            at_cwd, exchange = -100, 2
+            status = swap(at_cwd, paths[0], at_cwd, paths[1], exchange)
+    elif sys.platform == "darwin":
+        if swap := getattr(ctypes.CDLL(None), "renamex_np", None):
+            status = swap(*paths, 2)
+    return status == 0
+
+
+def _replace_in_two_steps(scratch: Path, target: Path) -> None:
+    aside = _aside(target)
+    target.rename(aside)
+    try:
+        scratch.rename(target)
+    except OSError:
+        aside.rename(target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _put_back(target: Path) -> None:
+    """Undo a replacement that was killed between its two steps, and clear up after one killed behind them."""
+    aside = _aside(target)
+    if not aside.exists():
+        return
+    if target.exists():
         shutil.rmtree(aside, ignore_errors=True)
-        other.rename(aside)
-        one.rename(other)
-        aside.rename(one)
+    else:
+        aside.rename(target)
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.replaced")
 
 
 @contextlib.contextmanager

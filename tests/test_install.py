@@ -136,6 +136,20 @@ def test_wheel_and_sdist_carry_everything(built: Path, wheel: Path):
     assert "startup/lm_eval_lora_ensemble.pth" in packed
 
 
+def test_the_wheel_is_the_checkout_nothing_missing_and_nothing_extra(checkout: Path, wheel: Path):
+    package = "lm_eval_lora_ensemble"
+    expected = {
+        (path if top == package else Path(package, path)).as_posix()
+        for top in (package, "tasks", "train")
+        for path in (file.relative_to(checkout) for file in (checkout / top).rglob("*") if file.is_file())
+        if "__pycache__" not in path.parts
+    }
+    assert {f"{package}/train/recipe.py", f"{package}/tasks/paper/paper_data.py"} <= expected
+    assert {f"{package}/report/templates/report.js", f"{package}/py.typed"} <= expected
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if not name.endswith("/")}
+    assert {name for name in names if name.startswith(f"{package}/")} == expected
+
+
 # Python executes the first file's line at every start, so a change to it has to be made here as well, and seen.
 START_UP = {
     "lm_eval_lora_ensemble.pth": (
@@ -155,7 +169,7 @@ def test_start_up_files_are_exactly_these_bytes(installed: Environment):
 def test_the_wheel_puts_nothing_else_beside_the_package(wheel: Path):
     archive = zipfile.ZipFile(wheel)
     outside = {name for name in archive.namelist() if not name.startswith("lm_eval_lora_ensemble/")}
-    name = "lm_eval_lora_ensemble-0.1.0"
+    name = "-".join(wheel.name.split("-")[:2])
     data = {member for member in outside if not member.startswith(f"{name}.dist-info/")}
     assert {Path(member).name: archive.read(member) for member in data} == START_UP
     assert all(member.startswith(f"{name}.data/") for member in data)

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -20,10 +21,11 @@ from report_fixtures import write_run
 from lm_eval_lora_ensemble import cli
 from lm_eval_lora_ensemble.analysis.result import Settings
 from lm_eval_lora_ensemble.analysis.runs import load_runs, merge_runs
-from lm_eval_lora_ensemble.report.build import Options, make_report
+from lm_eval_lora_ensemble.report.build import make_report
 from lm_eval_lora_ensemble.report.entries import make_entries
 from lm_eval_lora_ensemble.report.leaderboard import COLUMNS, resamples_for
 from lm_eval_lora_ensemble.report.markdown import escape
+from lm_eval_lora_ensemble.report.model import Options
 from lm_eval_lora_ensemble.report.series import compare_series, make_series
 
 REAL = Path(__file__).parent / "data" / "smollm2_arc_easy"
@@ -97,6 +99,25 @@ def test_every_file_is_there_and_the_page_needs_no_network(real):
     page = (real / "report.html").read_text()
     assert not re.search(r"""(?:src|href)=["'](?!data:|#)""", page)
     assert "3 of" in page and "--figures" in page  # what is not drawn is said
+
+
+def test_the_pages_script_reads_every_field_by_the_name_it_was_written_under(runs, tmp_path):
+    words = ["report", str(runs), "--output", str(tmp_path / "r"), *FEW, "--figures", "0"]
+    assert cli.main(words) == 0
+    page = (tmp_path / "r" / "report.html").read_text()
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])
+    script = page.rsplit("<script>", 1)[1]
+    assert data["documents"] and data["subtasks"]
+    assert {frozenset(document) for document in data["documents"]} == {
+        frozenset(re.findall(r"\bd\.(\w+)", script))
+    }
+    rows = [row for subtask in data["subtasks"] for row in subtask["rows"]]
+    assert {frozenset(row) for row in rows} == {frozenset(re.findall(r"\bvalues\.(\w+)", script))}
+    assert all(set(row["cells"]) == set(COLUMNS) for row in rows)
+    read = set(re.search(r"const \{ (.*?) \} = values.cells", script)[1].split(", "))
+    assert read == {"display", "interval", "best"}
+    # a cell without an interval or a mark leaves them out
+    assert all({"display"} <= set(cell) <= read for row in rows for cell in row["cells"].values())
 
 
 def test_csv_and_markdown_hold_the_same_numbers(real):
@@ -189,6 +210,42 @@ def test_a_report_is_replaced_in_one_step(runs, tmp_path):
     assert not (tmp_path / "r" / "stale").exists()
     assert "<title>again</title>" in (tmp_path / "r" / "report.html").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["r"]
+
+
+def test_a_link_to_a_report_stays_a_link(runs, tmp_path):
+    words = ["report", str(runs), *FEW, "--figures", "0", "--output"]
+    assert cli.main([*words, str(tmp_path / "r")]) == 0
+    (tmp_path / "link").symlink_to("r")
+    assert cli.main([*words, str(tmp_path / "link"), "--title", "again"]) == 0
+    assert (tmp_path / "link").is_symlink()
+    assert "<title>again</title>" in (tmp_path / "r" / "report.html").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "r"]
+
+
+def test_a_missing_library_is_named_with_the_way_to_get_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "jinja2", None)  # what an environment without it looks like to find_spec
+    assert cli.main(["report", str(REAL), "--output", str(tmp_path / "r")]) == 2
+    said = capsys.readouterr().err
+    assert "jinja2 is missing; from a checkout, pip install '.[report]'" in said
+
+
+@pytest.mark.parametrize(
+    "kills", [pytest.param(12, id="12-kills"), pytest.param(200, id="200-kills", marks=pytest.mark.long)]
+)
+def test_at_every_instant_there_is_one_whole_report_whoever_is_killed(tmp_path, kills):
+    write_run(tmp_path / "runs", {"one": 30}, members=2)
+    harness = Path(__file__).with_name("report_kill_harness.py")
+    words = [sys.executable, str(harness), str(tmp_path), str(kills), "1"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    print({**found, "amiss": len(found["amiss"]), "deaths": len(found["deaths"])})
+    assert found["amiss"] == []
+    assert found["deaths"] == [signal.SIGKILL] * kills
+    assert found["looks"] > 50 * kills  # without which nothing would have been seen
+    assert found["titles"] > kills / 2
+    assert found["last"] == "last"
+    assert found["left"] == ["report", "runs"]
 
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>|*_`[a](javascript:0)\x1b[31m\u202e"

@@ -135,7 +135,7 @@ def _require_gguf() -> None:
 
     if find_spec("gguf") is None:
         raise EnsembleError(
-            f"converting {NAME} needs the package gguf; pip install 'lm-eval-lora-ensemble[quickstart]'"
+            f"converting {NAME} needs the package gguf; from a checkout, pip install '.[quickstart]'"
         )
 
 

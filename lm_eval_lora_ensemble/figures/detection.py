@@ -55,14 +55,12 @@ def plot_detection(
     ax = axes_or_new(ax, height=2.2 + 0.75 * len(rows))
     ax.axvline(0.5, color=BLACK, linestyle=(0, (4, 2)), linewidth=1.2, label="chance, 0.5")
     for index, score in enumerate(scores):
-        found = [
-            (place, by_score[score]) for place, by_score in enumerate(rows.values()) if score in by_score
-        ]
+        dots = [(place, by_score[score]) for place, by_score in enumerate(rows.values()) if score in by_score]
         offset = (index - (len(scores) - 1) / 2) * _SPACING
         _dots(
             ax,
-            [place + offset for place, _ in found],
-            [d.auroc for _, d in found],
+            [place + offset for place, _ in dots],
+            [d.auroc for _, d in dots],
             index,
             legend_name(score.replace("_", " ")),
         )

@@ -69,14 +69,14 @@ def plot_risk_coverage(
     name = "ensemble" if predictions.n_members > 1 else "one member"
     between = f"{percent(level)} interval, {name}"
     ax.fill_between(grid, low, high, color=BLUE, alpha=BAND, linewidth=0, label=between)
-    drawn = [_draw(ax, grid, [_curve(predictions)], name, color=BLUE), high]
+    curves = [_draw(ax, grid, [_curve(predictions)], name, color=BLUE), high]
     if predictions.n_members > 1:
         members = [_curve(predictions.only([m])) for m in range(predictions.n_members)]
-        drawn.append(_draw(ax, grid, members, "mean single member", color=VERMILLION, linestyle=(0, (5, 2))))
+        curves.append(_draw(ax, grid, members, "mean single member", color=VERMILLION, linestyle=(0, (5, 2))))
     _draw(ax, grid, [risk_coverage(error, error)], "oracle", color=GREEN, linestyle=(0, (1, 1.2)))
     ax.axhline(rate, color=GREY, linestyle=(0, (6, 2, 1, 2)), linewidth=1.2, label=_label("random", rate))
     ax.plot([1], [rate], "o", color=BLACK, clip_on=False)
-    reach = max(rate, *(float(risk[grid >= _SETTLED].max()) for risk in drawn))
+    reach = max(rate, *(float(risk[grid >= _SETTLED].max()) for risk in curves))
     ax.set(xlim=(0, 1), ylim=(0, min(1.02, 1.1 * reach) or 0.05))
     ax.set(xlabel="coverage (share of documents answered)", ylabel="risk (error rate among them)")
     drawn_by = "documents" if predictions.clusters is None else "tasks"

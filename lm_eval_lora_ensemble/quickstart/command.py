@@ -84,7 +84,8 @@ def _device() -> str:
 def _report(console: Console, results: Path, report: Path) -> Path:
     from lm_eval_lora_ensemble.analysis.runs import load_runs
     from lm_eval_lora_ensemble.quickstart.summary import summarise, to_rich
-    from lm_eval_lora_ensemble.report.build import Options, make_report, write_report
+    from lm_eval_lora_ensemble.report.build import make_report, write_report
+    from lm_eval_lora_ensemble.report.model import Options
 
     # a results folder grows with every run; the newest is this one
     newest = max(load_runs(results), key=lambda run: run.date)

@@ -3,104 +3,23 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from lm_eval_lora_ensemble.analysis.evaluation import detect_all
-from lm_eval_lora_ensemble.analysis.result import Settings, plain
 from lm_eval_lora_ensemble.analysis.runs import Run
+from lm_eval_lora_ensemble.disk import write_folder
 from lm_eval_lora_ensemble.errors import EnsembleError, one_line
-from lm_eval_lora_ensemble.metrics.detection import Detection
 from lm_eval_lora_ensemble.report import headline, markdown, page
-from lm_eval_lora_ensemble.report.documents import Document, pick_documents
+from lm_eval_lora_ensemble.report.documents import pick_documents
 from lm_eval_lora_ensemble.report.entries import Entry, is_last_epoch, make_entries
 from lm_eval_lora_ensemble.report.leaderboard import Board, leaderboard
-from lm_eval_lora_ensemble.report.series import Between, Series, compare_series, make_series
+from lm_eval_lora_ensemble.report.model import Detections, Options, Report
+from lm_eval_lora_ensemble.report.series import compare_series, make_series
 
 MARK = "report.json"
 """The file by which a folder is known to be a report, and may be replaced by a newer one."""
-
-Detections = dict[int, dict[str, dict[str, dict[str, Detection]]]]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a report holds.
-
-    Attributes:
-        title: of the page.
-        ood: tasks or groups that are out-of-domain.
-        settings: bins, resamples, seed, level.
-        documents: about how many documents the page shows.
-        figures: at most how many figures are drawn.
-    """
-
-    title: str = "How far can these probabilities be trusted?"
-    ood: tuple[str, ...] = ()
-    settings: Settings = field(default_factory=Settings)
-    documents: int = 3000
-    figures: int = 24
-
-
-@dataclass(frozen=True, eq=False)
-class Report:
-    """Everything the files are made from.
-
-    Attributes:
-        options: what was asked for.
-        entries: the runs.
-        boards: the leaderboard, groups before the tasks they hold.
-        detections: by run, in-domain task, out-of-domain task and score.
-        series: epochs by ensemble and task.
-        between: swept ensembles against each other.
-        documents: the documents worth looking at.
-        statements: the report in sentences.
-        notes: what is left out or not comparable, and why.
-    """
-
-    options: Options
-    entries: list[Entry]
-    boards: list[Board]
-    detections: Detections
-    series: list[Series]
-    between: list[Between]
-    documents: list[Document]
-    statements: list[str]
-    notes: list[str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return report.json: every cell with its value, limits, direction, n and samples files."""
-        return plain(
-            {
-                "generator": f"lm-eval-lora-ensemble {version('lm-eval-lora-ensemble')}",
-                "title": self.options.title,
-                "settings": self.options.settings,
-                "ood": self.options.ood,
-                "runs": [
-                    {
-                        "label": entry.label,
-                        "source": entry.run.source,
-                        "date": entry.run.date,
-                        "members": entry.run.n_members,
-                        "epoch": entry.run.epoch,
-                        "seconds": entry.run.seconds,
-                        "config": entry.run.config,
-                        "files": entry.run.files,
-                    }
-                    for entry in self.entries
-                ],
-                "statements": self.statements,
-                "leaderboard": self.boards,
-                "detection": self.detections,
-                "series": self.series,
-                "between": self.between,
-                "notes": self.notes,
-            }
-        )
 
 
 def make_report(
@@ -164,12 +83,12 @@ def _left_out(entries: Sequence[Entry]) -> list[str]:
 
 def _detections(entries: Sequence[Entry], options: Options) -> Detections:
     """Tell out-of-domain from in-domain documents in every run that has both; of a sweep, in the last epoch."""
-    found: Detections = {}
+    detections: Detections = {}
     for index, entry in enumerate(entries):
         out = [name for name in options.ood if name in entry.run]
         if out and is_last_epoch(entry, entries) and entry.run.top_level(besides=out):
-            found[index] = detect_all(entry.run, out, options.settings)
-    return found
+            detections[index] = detect_all(entry.run, out, options.settings)
+    return detections
 
 
 def refuse_foreign(output: Path) -> None:
@@ -189,18 +108,11 @@ def write_report(report: Report, output: Path, tell: Callable[[str], None] = lam
         EnsembleError: ``output`` exists and is not an earlier report, or cannot be written.
     """
     refuse_foreign(output)
-    scratch = output.with_name(f".{output.name}.writing")
     try:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        _write(report, scratch, tell)
-        if output.exists():
-            shutil.rmtree(output)
-        scratch.replace(output)
+        # a link stays a link: what it points to is replaced
+        write_folder(output.resolve(), None, lambda folder: _write(report, folder, tell))
     except OSError as error:
         raise EnsembleError(f"{output} cannot be written ({error}); name another --output") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return output / page.FILE_NAME
 
 
@@ -209,15 +121,16 @@ def _write(report: Report, folder: Path, tell: Callable[[str], None]) -> None:
     from lm_eval_lora_ensemble.report import illustrations
 
     options = report.options
-    every = illustrations.choose(
+    candidates = illustrations.choose(
         report.entries, report.series, report.between, report.detections, options.settings
     )
-    drawn = every[: options.figures]
+    pictures = candidates[: options.figures]
     notes = list(report.notes)
-    if len(drawn) < len(every):
-        notes.append(f"{len(drawn)} of {len(every)} figures are drawn; --figures {len(every)} draws all")
+    if len(pictures) < len(candidates):
+        n = len(candidates)
+        notes.append(f"{len(pictures)} of {n} figures are drawn; --figures {n} draws all")
     (folder / "figures").mkdir()
-    for picture in drawn:
+    for picture in pictures:
         tell(f"figure: {picture.title}")
         picture.write(folder / "figures")
     data: Mapping[str, Any] = {**report.to_dict(), "notes": notes}
@@ -230,5 +143,5 @@ def _write(report: Report, folder: Path, tell: Callable[[str], None]) -> None:
     )
     tell("page")
     (folder / page.FILE_NAME).write_text(
-        page.render(report, drawn, folder / "figures", notes), encoding="utf-8"
+        page.render(report, pictures, folder / "figures", notes), encoding="utf-8"
     )

@@ -44,7 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.markup import escape
 
-    from lm_eval_lora_ensemble.report.build import Options, make_report, refuse_foreign, write_report
+    from lm_eval_lora_ensemble.report.build import make_report, refuse_foreign, write_report
+    from lm_eval_lora_ensemble.report.model import Options
 
     refuse_foreign(arguments.output)  # before the work, not after
     options = Options(
@@ -73,4 +74,4 @@ def require_libraries() -> None:
     """
     for module in ("matplotlib", "jinja2"):
         if importlib.util.find_spec(module) is None:
-            raise EnsembleError(f"{module} is missing; pip install 'lm-eval-lora-ensemble[report]'")
+            raise EnsembleError(f"{module} is missing; from a checkout, pip install '.[report]'")

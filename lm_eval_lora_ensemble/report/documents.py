@@ -97,14 +97,14 @@ def _documents(
 ) -> list[Document]:
     entropy = predictive_entropy(predictions.probabilities)
     information = mutual_information(predictions.probabilities)
-    found = []
+    documents = []
     for d, name in enumerate(predictions.documents.tolist()):
         number = int(name.partition(":")[0])
         if number not in rows:
             continue
         c = int(predictions.counts[d])
         question, choices = texts.get(number, ("", ("",) * c))
-        found.append(
+        documents.append(
             Document(
                 entry=entry,
                 task=task,
@@ -119,21 +119,21 @@ def _documents(
                 reasons=rows[number],
             )
         )
-    return found
+    return documents
 
 
 def _texts(file: str | None, wanted: set[int]) -> dict[int, tuple[str, tuple[str, ...]]]:
     """Read the end of the context and the choices of the documents wanted."""
-    found: dict[int, tuple[str, tuple[str, ...]]] = {}
+    texts: dict[int, tuple[str, tuple[str, ...]]] = {}
     if file is None:
-        return found
+        return texts
     for _, sample in iter_samples(Path(file)):
         number = sample.get("doc_id")
-        if number in wanted and number not in found:
-            found[number] = _text(sample)
-            if len(found) == len(wanted):
+        if number in wanted and number not in texts:
+            texts[number] = _text(sample)
+            if len(texts) == len(wanted):
                 break
-    return found
+    return texts
 
 
 def _text(sample: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:

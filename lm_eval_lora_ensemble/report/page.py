@@ -18,9 +18,9 @@ from lm_eval_lora_ensemble.metrics.battery import METRICS
 from lm_eval_lora_ensemble.report.documents import REASONS, Document
 from lm_eval_lora_ensemble.report.entries import short_name
 from lm_eval_lora_ensemble.report.leaderboard import COLUMNS, KINDS, Board, Cell, Row, display
+from lm_eval_lora_ensemble.report.model import Report
 
 if TYPE_CHECKING:
-    from lm_eval_lora_ensemble.report.build import Report
     from lm_eval_lora_ensemble.report.illustrations import Illustration
 
 FILE_NAME = "report.html"
@@ -114,7 +114,7 @@ def _data(report: Report) -> dict[str, Any]:
                 "task": board.task,
                 "parents": parents[board.task],
                 "n": board.documents[1],
-                "rows": _rows(board),
+                "rows": [_row(row) for row in board.rows],
             }
             for board in report.boards
             if parents.get(board.task)
@@ -125,29 +125,38 @@ def _data(report: Report) -> dict[str, Any]:
     }
 
 
-def _rows(board: Board) -> list[list[Any]]:
-    return [[row.entry, row.kind, [_compact(row, key) for key in COLUMNS]] for row in board.rows]
+def _row(row: Row) -> dict[str, Any]:
+    return {
+        "run": row.entry,
+        "kind": row.kind,
+        "cells": {key: _compact(row.cells[key]) for key in COLUMNS},
+    }
 
 
-def _compact(row: Row, key: str) -> list[Any]:
-    cell = row.cells[key]
-    return [cell.display, _interval(cell), int(cell.best)]
+def _compact(cell: Cell) -> dict[str, Any]:
+    """Return what a cell shows; thousands of them are on a page, so what is not there is left out."""
+    compact: dict[str, Any] = {"display": cell.display}
+    if interval := _interval(cell):
+        compact["interval"] = interval
+    if cell.best:
+        compact["best"] = True
+    return compact
 
 
-def _document(document: Document) -> list[Any]:
-    return [
-        document.entry,
-        document.task,
-        document.number,
-        document.question,
-        document.choices,
-        document.gold,
-        _percent(document.mixture),
-        [_percent(member) for member in document.members],
-        round(document.entropy, 4),
-        round(document.mutual_information, 4),
-        document.reasons,
-    ]
+def _document(document: Document) -> dict[str, Any]:
+    return {
+        "run": document.entry,
+        "task": document.task,
+        "number": document.number,
+        "question": document.question,
+        "choices": document.choices,
+        "gold": document.gold,
+        "percent": _percent(document.mixture),
+        "members": [_percent(member) for member in document.members],
+        "entropy": round(document.entropy, 4),
+        "information": round(document.mutual_information, 4),
+        "reasons": document.reasons,
+    }
 
 
 def _percent(probabilities: Sequence[float]) -> list[float]:

@@ -81,15 +81,15 @@ class Between:
 def make_series(entries: Sequence[Entry], settings: Settings) -> list[Series]:
     """Return a series for every ensemble and top-level task with at least two epochs."""
     labels = series_labels(entries)
-    found = []
+    series = []
     for number in sorted(labels):
         runs = sorted((e for e in entries if e.series == number), key=lambda e: e.run.epoch or 0)
         for task in dict.fromkeys(name for e in runs for name in e.run.top_level()):
             by_epoch = {e.run.epoch or 0: e.run.predictions(task) for e in runs if task in e.run}
             known = {epoch: p for epoch, p in by_epoch.items() if p.gold is not None}
             if len(known) >= 2:
-                found.append(_series(labels[number], task, known, settings))
-    return [one for one in found if len(one.points) >= 2]
+                series.append(_series(labels[number], task, known, settings))
+    return [one for one in series if len(one.points) >= 2]
 
 
 def series_labels(entries: Sequence[Entry]) -> dict[int, str]:
@@ -145,7 +145,7 @@ def _both(
 def compare_series(entries: Sequence[Entry], settings: Settings) -> list[Between]:
     """Compare every two swept ensembles, epoch by epoch, on each task both have with the same documents."""
     labels = series_labels(entries)
-    found = []
+    comparisons = []
     for first in sorted(labels):
         for second in (number for number in sorted(labels) if number > first):
             runs = {
@@ -155,22 +155,22 @@ def compare_series(entries: Sequence[Entry], settings: Settings) -> list[Between
                 for task in e.run.top_level()
             }
             for task in dict.fromkeys(task for _, _, task in runs):
-                drawn = {
+                distances = {
                     epoch: bootstrap(distance_statistics(a, b), report_plan(task, a, settings))
                     for (number, epoch, name), a in sorted(runs.items())
                     if number == first and name == task
                     # other documents, or none: nothing to compare at this epoch
                     if (b := runs.get((second, epoch, task))) is not None and same_documents(a, b)
                 }
-                if drawn:
-                    found.append(
+                if distances:
+                    comparisons.append(
                         Between(
                             labels[first],
                             labels[second],
                             task,
-                            tuple(drawn),
-                            tuple(d.estimate("agreement") for d in drawn.values()),
-                            tuple(d.estimate("total_variation") for d in drawn.values()),
+                            tuple(distances),
+                            tuple(d.estimate("agreement") for d in distances.values()),
+                            tuple(d.estimate("total_variation") for d in distances.values()),
                         )
                     )
-    return found
+    return comparisons

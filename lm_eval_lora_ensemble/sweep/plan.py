@@ -63,29 +63,34 @@ class SweepPlan:
         Raises:
             EnsembleError: the folder holds a sweep of other settings or another ensemble, or other files.
         """
-        mine = json.loads(json.dumps(asdict(self)))
-        prints = {str(epoch): ensemble.fingerprint for epoch, ensemble in ensembles.items()}
+        settings = json.loads(json.dumps(asdict(self)))
+        fingerprints = {str(epoch): ensemble.fingerprint for epoch, ensemble in ensembles.items()}
         file = output / FILE_NAME
         if file.is_file():
             try:
                 written = json.loads(file.read_text(encoding="utf-8"))
-                settings, known = dict(written["settings"]), dict(written["fingerprints"])
+                settings_before, fingerprints_before = (
+                    dict(written["settings"]),
+                    dict(written["fingerprints"]),
+                )
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise EnsembleError(f"{file} cannot be read ({error}); name a new --output") from error
-            differing = [key for key, value in mine.items() if settings.get(key) != value]
+            differing = [key for key, value in settings.items() if settings_before.get(key) != value]
             differing += [
-                f"epoch {e}'s adapters" for e, value in prints.items() if known.get(e, value) != value
+                f"epoch {epoch}'s adapters"
+                for epoch, value in fingerprints.items()
+                if fingerprints_before.get(epoch, value) != value
             ]
             if differing:
                 raise EnsembleError(
                     f"{output} holds a sweep with other {' and '.join(differing)}; name a new --output"
                 )
-            prints = {**known, **prints}
+            fingerprints = {**fingerprints_before, **fingerprints}
         # another process of this sweep may be writing sweep.json this very moment, under a hidden name
         elif output.is_dir() and any(not path.name.startswith(".") for path in output.iterdir()):
             raise EnsembleError(f"{output} holds other files; name a new or empty folder as --output")
         output.mkdir(parents=True, exist_ok=True)
-        write_json(file, {"settings": mine, "fingerprints": prints})
+        write_json(file, {"settings": settings, "fingerprints": fingerprints})
 
 
 def parse_epochs(text: str) -> list[int]:

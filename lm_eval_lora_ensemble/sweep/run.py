@@ -49,17 +49,17 @@ def sweep(
     manager = TaskManager(include_path=include_path)
     _check_names(manager, plan.tasks)
     plan.claim(output, ensembles)
-    missing = {epoch: found for epoch, found in ensembles.items() if not _place(output, epoch).is_dir()}
+    missing = {epoch: ensemble for epoch, ensemble in ensembles.items() if not _place(output, epoch).is_dir()}
     yield from ((epoch, _place(output, epoch)) for epoch in ensembles if epoch not in missing)
     if not missing:
         return
     model: LoraEnsembleLM | None = None
-    for epoch, found in missing.items():
+    for epoch, ensemble in missing.items():
         if model is None:
             options = {"batch_size": batch_size, "device": device, **(plan.model_args or {})}
             model = LoraEnsembleLM(adapters=plan.adapters, members=plan.members, epoch=epoch, **options)
         else:
-            model.change_members(found)
+            model.change_members(ensemble)
         scratch = output / IN_PROGRESS / _place(output, epoch).name
         results = _evaluate(model, plan, epoch, manager, scratch)
         if model.rank == 0:

@@ -62,9 +62,9 @@
   }
 
   const childrenOf = (row) => {
-    const found = [];
-    for (let next = row.nextElementSibling; next && next.classList.contains("subtask"); next = next.nextElementSibling) found.push(next);
-    return found;
+    const children = [];
+    for (let next = row.nextElementSibling; next && next.classList.contains("subtask"); next = next.nextElementSibling) children.push(next);
+    return children;
   };
 
   const sortBy = (index) => {
@@ -86,35 +86,35 @@
   };
   heads.forEach((head, index) => head.querySelector("button").addEventListener("click", () => sortBy(index)));
 
-  const subtaskRow = (subtask, entry, kind, cells) => {
+  const subtaskRow = (subtask, values) => {
     const row = make("tr", undefined, "subtask");
-    row.dataset.kind = kind;
+    row.dataset.kind = values.kind;
     const name = make("th", `${subtask.task} (${subtask.n})`, "name");
     name.scope = "row";
     row.append(name);
     for (const top of data.top) {
-      metrics.forEach((metric, index) => {
+      for (const metric of metrics) {
         const cell = make("td");
         cell.dataset.metric = metric;
         if (subtask.parents.includes(top)) {
-          const [value, interval, best] = cells[index];
-          cell.append(make("span", value, "value"));
+          const { display, interval, best } = values.cells[metric];
+          cell.append(make("span", display, "value"));
           if (interval) cell.append(make("span", interval, "interval"));
           if (best) cell.classList.add("best");
         }
         row.append(cell);
-      });
+      }
     }
     return row;
   };
 
   if (data.subtasks.length) {
     for (const row of [...body.rows]) {
-      const entry = Number(row.dataset.entry), kind = row.dataset.kind;
+      const belongs = (values) => values.run === Number(row.dataset.entry) && values.kind === row.dataset.kind;
       const below = () => data.subtasks.flatMap((subtask) => subtask.rows
-        .filter(([e, k]) => e === entry && k === kind)
-        .map(([, , cells]) => subtaskRow(subtask, entry, kind, cells)));
-      if (!data.subtasks.some((subtask) => subtask.rows.some(([e, k]) => e === entry && k === kind))) continue;
+        .filter(belongs)
+        .map((values) => subtaskRow(subtask, values)));
+      if (!data.subtasks.some((subtask) => subtask.rows.some(belongs))) continue;
       const button = make("button", "+", "expand");
       button.type = "button";
       button.setAttribute("aria-expanded", "false");
@@ -139,12 +139,11 @@
 
   // ------------------------------------------------------------------ documents
   const PAGE = 20;
-  const [ENTRY, TASK, NUMBER, QUESTION, CHOICES, GOLD, MIXTURE, MEMBERS, ENTROPY, INFORMATION, REASONS] = Array(11).keys();
-  const argmax = (values) => values.indexOf(Math.max(...values));
-  const isWrong = (d) => d[GOLD] >= 0 && argmax(d[MIXTURE]) !== d[GOLD];
-  const isRight = (d) => d[GOLD] >= 0 && argmax(d[MIXTURE]) === d[GOLD];
-  const confidence = (d) => Math.max(...d[MIXTURE]);
-  const orders = [(d) => d[ENTROPY], confidence, (d) => d[INFORMATION]];
+  const argmax = (percent) => percent.indexOf(Math.max(...percent));
+  const isWrong = (d) => d.gold >= 0 && argmax(d.percent) !== d.gold;
+  const isRight = (d) => d.gold >= 0 && argmax(d.percent) === d.gold;
+  const confidence = (d) => Math.max(...d.percent);
+  const orders = [(d) => d.entropy, confidence, (d) => d.information];
   const byId = (id) => document.getElementById(id);
   const filters = { run: byId("filter-run"), task: byId("filter-task"), reason: byId("filter-reason"), answer: byId("filter-answer") };
   const option = (select, value, text) => {
@@ -153,48 +152,48 @@
     select.append(node);
   };
   option(filters.run, "", "all");
-  [...new Set(data.documents.map((d) => d[ENTRY]))].forEach((entry) => option(filters.run, entry, data.runs[entry]));
+  [...new Set(data.documents.map((d) => d.run))].forEach((entry) => option(filters.run, entry, data.runs[entry]));
   option(filters.task, "", "all");
-  [...new Set(data.documents.map((d) => d[TASK]))].sort().forEach((task) => option(filters.task, task, task));
+  [...new Set(data.documents.map((d) => d.task))].sort().forEach((task) => option(filters.task, task, task));
   data.reasons.forEach((reason, index) => {
-    if (data.documents.some((d) => d[REASONS].includes(index))) option(filters.reason, index, reason);
+    if (data.documents.some((d) => d.reasons.includes(index))) option(filters.reason, index, reason);
   });
 
-  let found = [], page = 0;
+  let shown = [], page = 0;
   const card = (d) => {
     const item = make("li");
     const right = isWrong(d) ? "wrong" : isRight(d) ? "right" : "gold unknown";
-    item.append(make("div", `${data.runs[d[ENTRY]]} · ${d[TASK]} · document ${d[NUMBER]} · ${right} · entropy ${d[ENTROPY].toFixed(3)} · MI ${d[INFORMATION].toFixed(3)} nats`, "where"));
-    item.append(make("div", d[QUESTION] || "(the samples file holds no text)", "question"));
+    item.append(make("div", `${data.runs[d.run]} · ${d.task} · document ${d.number} · ${right} · entropy ${d.entropy.toFixed(3)} · MI ${d.information.toFixed(3)} nats`, "where"));
+    item.append(make("div", d.question || "(the samples file holds no text)", "question"));
     const answers = make("div", undefined, "answers");
-    d[MIXTURE].forEach((percent, c) => {
-      const text = d[CHOICES][c] || `choice ${c + 1}`;
-      answers.append(make("div", c === d[GOLD] ? `✓ ${text}` : text, c === d[GOLD] ? "text gold" : "text"));
+    d.percent.forEach((percent, c) => {
+      const text = d.choices[c] || `choice ${c + 1}`;
+      answers.append(make("div", c === d.gold ? `✓ ${text}` : text, c === d.gold ? "text gold" : "text"));
       const bar = make("div", undefined, "bar");
       const length = make("i");
       length.style.width = `${(percent * 0.055).toFixed(2)}rem`;
       bar.append(length, percent.toFixed(1));
-      answers.append(bar, make("div", d[MEMBERS].length > 1 ? d[MEMBERS].map((m) => m[c].toFixed(0)).join(" · ") : "", "members"));
+      answers.append(bar, make("div", d.members.length > 1 ? d.members.map((m) => m[c].toFixed(0)).join(" · ") : "", "members"));
     });
     item.append(answers);
     return item;
   };
   const draw = () => {
-    const pages = Math.max(1, Math.ceil(found.length / PAGE));
-    byId("cards").replaceChildren(...found.slice(page * PAGE, (page + 1) * PAGE).map(card));
-    byId("count").textContent = `${found.length} of ${data.documents.length} documents`;
+    const pages = Math.max(1, Math.ceil(shown.length / PAGE));
+    byId("cards").replaceChildren(...shown.slice(page * PAGE, (page + 1) * PAGE).map(card));
+    byId("count").textContent = `${shown.length} of ${data.documents.length} documents`;
     byId("page").textContent = `page ${page + 1} of ${pages}`;
     byId("previous").disabled = page === 0;
     byId("next").disabled = page + 1 >= pages;
   };
   const filter = () => {
     const reason = Number(filters.reason.value);
-    found = data.documents.filter((d) =>
-      (!filters.run.value || d[ENTRY] === Number(filters.run.value)) &&
-      (!filters.task.value || d[TASK] === filters.task.value) &&
-      d[REASONS].includes(reason) &&
+    shown = data.documents.filter((d) =>
+      (!filters.run.value || d.run === Number(filters.run.value)) &&
+      (!filters.task.value || d.task === filters.task.value) &&
+      d.reasons.includes(reason) &&
       (!filters.answer.value || (filters.answer.value === "right" ? isRight(d) : isWrong(d))));
-    found.sort((a, b) => orders[reason](b) - orders[reason](a));
+    shown.sort((a, b) => orders[reason](b) - orders[reason](a));
     page = 0;
     draw();
   };
