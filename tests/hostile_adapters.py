@@ -60,9 +60,32 @@ CANARY_MODULE = "canary_module"
 CLASS = {"base_model_class": "Canary", "parent_library": CANARY_MODULE}
 DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000
 
+LFS_POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 16777216\n"
+# the keys that such files have; the values are ours
+MLX = json.dumps(
+    {
+        "adapter_path": "adapters",
+        "fine_tune_type": "lora",
+        "lora_parameters": {"rank": 8, "scale": 20.0, "dropout": 0.0},
+        "model": "org/model-4bit",
+        "num_layers": 16,
+    }
+)
+ADAPTERHUB = json.dumps(
+    {
+        "config": {"architecture": "lora", "r": 8, "alpha": 16},
+        "hidden_size": 64,
+        "model_class": "LlamaAdapterModel",
+        "model_name": "org/model",
+        "model_type": "llama",
+        "name": "task",
+        "version": "adapters.1.0.0",
+    }
+)
+
 CONFIG_CASES: list[Case] = [
     ("no json", config_text(lambda text: "{"), "not readable JSON"),
-    ("a list", config_text(lambda text: "[]"), "does not name its base"),
+    ("a list", config_text(lambda text: "[]"), "holds no JSON object"),
     ("empty", config_text(lambda text: ""), "not readable JSON"),
     ("duplicate key", config_text(lambda t: t.replace('"r": 4', '"r": 4, "r": 8')), "'r' is there twice"),
     ("deep json", config_text(lambda text: DEEP), "nested deeper than 32 levels"),
@@ -80,13 +103,25 @@ CONFIG_CASES: list[Case] = [
     ("prompt tuning", config(peft_type="PROMPT_TUNING"), "of type 'PROMPT_TUNING', not LORA"),
     ("x-lora", config(peft_type="XLORA"), "of type 'XLORA', not LORA"),
     ("no type", without("peft_type"), "lacks peft_type"),
-    ("no base", without("base_model_name_or_path"), "does not name its base"),
+    ("no base", without("base_model_name_or_path"), "names no base model; give pretrained="),
+    ("base is null", config(base_model_name_or_path=None), "names no base model; give pretrained="),
+    ("base is a number", config(base_model_name_or_path=7), "base_model_name_or_path=7 is refused"),
     ("classification", config(task_type="SEQ_CLS"), "task_type='SEQ_CLS'"),
     ("unknown key", config(surprise=1), "the key 'surprise' is not known"),
     ("import hook", config(auto_mapping=CLASS), "auto_mapping=.* names a class to import"),
     (
         "import hook inside transformers' own cache of remote code",
         config(auto_mapping={**CLASS, "parent_library": "transformers_modules.evil.modeling"}),
+        "auto_mapping=.* names a class to import",
+    ),
+    (
+        "import hook beside a flag",
+        config(auto_mapping={**CLASS, "unsloth_fixed": True}),
+        "auto_mapping=.* names a class to import",
+    ),
+    (
+        "import hook under another key",
+        config(auto_mapping={"unsloth_fixed": True, "class": f"{CANARY_MODULE}.Canary"}),
         "auto_mapping=.* names a class to import",
     ),
     ("megatron module", config(megatron_core=CANARY_MODULE), "megatron_core=.* names a module to import"),
@@ -123,6 +158,19 @@ CONFIG_CASES: list[Case] = [
     ("loftq", config(loftq_config={"loftq_bits": 4}), "loftq_config="),
     ("corda", config(corda_config={"cache_file": "/etc/passwd"}), "corda_config="),
     ("sampling variant", config(monteclora_config={"num_samples": 2}), "monteclora_config="),
+    ("sampling variant by default", config(monteclora_config={}), "monteclora_config={} is refused"),
+    ("variant that rewrites the base", config(kasa_config={}), "kasa_config={} is refused"),
+    ("projected variant", config(velora_config={}), "velora_config={} is refused"),
+    ("routing variant", config(arrow_config={}), "arrow_config={} is refused"),
+    ("block-diagonal everywhere", config(use_bdlora={"target_modules_bd_a": ["q_proj"]}), "use_bdlora="),
+    ("block-diagonal by default", config(use_bdlora={}), "use_bdlora={} is refused"),
+    ("mlx-lm", config_text(lambda text: MLX), "is MLX-LM's, another format.*mlx_lm.fuse"),
+    ("adapterhub", config_text(lambda text: ADAPTERHUB), "is AdapterHub's"),
+    (
+        "git-lfs",
+        config_text(lambda text: LFS_POINTER),
+        "adapter_config.json is a Git LFS pointer.*git lfs pull",
+    ),
     ("terminal escape", config(peft_version="\x1b]0;owned\x07\x1b[2J"), r"'\\x1b\]0;owned"),
     ("escape in the base's name", config(base_model_name_or_path="a\x1b[31m\nb"), r"'a\\x1b\[31m"),
     ("text without end", config(peft_version="9" * 10_000), "not printable or too long"),
@@ -229,6 +277,11 @@ A, B = f"{LAYER}.lora_A.weight", f"{LAYER}.lora_B.weight"
 OTHER = LAYER.replace("q_proj", "o_proj")
 
 WEIGHTS_CASES: list[Case] = [
+    (
+        "git-lfs",
+        lambda m: (m / WEIGHTS).write_text(LFS_POINTER),
+        "safetensors is a Git LFS pointer.*git lfs pull",
+    ),
     ("empty file", truncated(lambda size: 0), "not a readable safetensors"),
     ("truncated header", truncated(lambda size: 100), "header is longer than the file"),
     ("truncated data", truncated(lambda size: size - 1), "not a readable safetensors"),
@@ -337,7 +390,8 @@ def replaced_by(make: Callable[[Path], object], name: str) -> Spoil:
 
 
 PLACE_CASES: list[Case] = [
-    ("pickle only", pickle_only, "pickled weights are not loaded"),
+    ("pickle only", pickle_only, "adapter_model.bin only, a pickle.*`lora-ensemble convert .*member_01`"),
+    ("no weights", lambda member: (member / WEIGHTS).unlink(), "has no adapter_model.safetensors; copy"),
     ("pickle called safetensors", pickle_named_safetensors, "not a readable safetensors"),
     ("configuration linked away", linked_away(CONFIG), "which lies outside"),
     ("weights linked away", linked_away(WEIGHTS), "which lies outside"),

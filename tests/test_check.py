@@ -94,8 +94,8 @@ def test_user_errors_are_one_line_and_status_2(tmp_path, capsys):
     assert captured.err.startswith("lora-ensemble: error: no adapters in") and captured.err.count("\n") == 1
 
 
-def test_help_and_check_load_no_torch(folder):
-    for arguments in (["--help"], ["check", str(folder)]):
+def test_help_check_and_convert_load_no_torch(folder):
+    for arguments in (["--help"], ["check", str(folder)], ["convert", str(folder)]):
         code = (
             "import sys; from lm_eval_lora_ensemble.cli import main\n"
             f"try: main({arguments!r})\nexcept SystemExit: pass\n"

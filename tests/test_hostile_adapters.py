@@ -337,6 +337,10 @@ def test_an_adapter_from_the_hubs_cache_is_accepted(ensemble, tmp_path, monkeypa
     assert find_ensemble("org/adapter").members[0].folder == snapshot
     assert main(["check", str(snapshot)]) == 0
     (snapshot / WEIGHTS).unlink()
+    with pytest.raises(
+        EnsembleError, match=r"org/adapter has no .* `hf download org/adapter --local-dir FOLDER`"
+    ):
+        find_ensemble("org/adapter")
     (snapshot / WEIGHTS).symlink_to(ensemble / "member_00" / WEIGHTS)
     with pytest.raises(EnsembleError, match="lies outside"):
         find_ensemble("org/adapter")

@@ -84,14 +84,20 @@ def linear_names(model: Any) -> list[str]:
     return sorted({name.rpartition(".")[2] for name in linear})
 
 
-def initial_folders(recipe: Recipe) -> list[Path]:
-    """Return the adapter folder each member starts from, one a member; empty if they start afresh."""
+def initial_folders(recipe: Recipe, base: str) -> list[Path]:
+    """Return the adapter folder each member starts from, one a member; empty if they start afresh.
+
+    Args:
+        recipe: the run's recipe.
+        base: name of the base model, which an adapter need not name itself.
+    """
     from lm_eval_lora_ensemble.ensemble.members import find_ensemble
 
     if not recipe.initial_adapters:
         return []
     source = recipe.initial_adapters[0] if len(recipe.initial_adapters) == 1 else recipe.initial_adapters
-    folders = [member.folder for member in find_ensemble(source).members]
+    ensemble = find_ensemble(source, pretrained=base, allow_base_mismatch=True)
+    folders = [member.folder for member in ensemble.members]
     if len(folders) == 1:
         folders *= recipe.members
     if len(folders) != recipe.members:

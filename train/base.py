@@ -107,25 +107,17 @@ def load(recipe: Recipe, device: torch.device) -> Base:
 
 def _quantization(bits: str, dtype: Any, device: torch.device) -> dict[str, Any]:
     """Return the ``from_pretrained`` options for a 4-bit (NF4) or 8-bit base."""
-    import importlib.util
-
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise EnsembleError(
-            f"quantization={bits} needs bitsandbytes; `pip install bitsandbytes`, or quantization=none"
-        )
-    from transformers import BitsAndBytesConfig
-
-    config = (
-        BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-        if bits == "4bit"
-        else BitsAndBytesConfig(load_in_8bit=True)
+    from lm_eval_lora_ensemble.ensemble.quantization import (
+        quantization_config,
+        require_bitsandbytes,
+        training_arguments,
     )
-    return {"quantization_config": config, "device_map": {"": device}}
+
+    require_bitsandbytes(f"quantization={bits}", "quantization=none")
+    return {
+        "quantization_config": quantization_config(training_arguments(bits, dtype)),
+        "device_map": {"": device},
+    }
 
 
 def _encoder(model: Any, name: str, recipe: Recipe) -> Any:

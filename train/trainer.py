@@ -116,7 +116,7 @@ class Trainer:
         """Attach the members' adapters, and choose how they are trained."""
         model = adapters.attach(self.base, self.recipe, self.members)
         self.config = model.peft_config
-        initial = adapters.initial_folders(self.recipe)
+        initial = adapters.initial_folders(self.recipe, self.base.name)
         if initial:
             for name in self.members:
                 adapters.load_initial(model, name, initial[self.folder.names.index(name)])

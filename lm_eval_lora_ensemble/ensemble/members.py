@@ -97,7 +97,7 @@ def find_ensemble(
     Args:
         adapters: an ensemble folder, a folder of adapter folders, one adapter folder, a Hub id, or a list
             of adapter folders and Hub ids (also as one string, separated by ``;``). Default ``./ensemble``.
-        pretrained: the base model; read from the adapters when left out.
+        pretrained: the base model; read from the adapters when left out, so adapters that name none need it.
         members: use only the first so many.
         epoch: take this epoch's adapter of every member; 0 is the base model alone.
         allow_base_mismatch: accept adapters that name another base model than ``pretrained``.
@@ -105,7 +105,7 @@ def find_ensemble(
     Raises:
         EnsembleError: nothing was found, something found is no adapter, or the parts do not fit together.
     """
-    sources, book = find_sources(adapters)
+    sources, listed = find_sources(adapters)
     if members is not None:
         if not 1 <= members <= len(sources):
             raise EnsembleError(
@@ -115,15 +115,17 @@ def find_ensemble(
         sources = sources[:members]
     if epoch == 0:
         configs = [check_config(source.folder, source.root) for source in sources]
-        return Ensemble(*common_base(configs, book, pretrained, allow_base_mismatch), (), epoch=0)
-    found = []
+        return Ensemble(*common_base(configs, listed, pretrained, allow_base_mismatch), (), epoch=0)
+    checked = []
     configs = []
     for source in sources:
         folder = source.folder if epoch is None else _epoch_folder(source, epoch)
         adapter = check_adapter(folder, source.root)
         configs.append(adapter.config)
-        found.append(Member(source.name, folder, adapter.sha256, source.entry.seed if source.entry else None))
-    return Ensemble(*common_base(configs, book, pretrained, allow_base_mismatch), tuple(found), epoch)
+        checked.append(
+            Member(source.name, folder, adapter.sha256, source.entry.seed if source.entry else None)
+        )
+    return Ensemble(*common_base(configs, listed, pretrained, allow_base_mismatch), tuple(checked), epoch)
 
 
 def find_sources(
@@ -174,14 +176,14 @@ def _listed(folder: Path) -> tuple[list[Source], manifest.Manifest]:
     """Return the members that ``folder``'s manifest lists."""
     root = link_root(folder)
     inside(folder / manifest.FILE_NAME, root)
-    book = manifest.Manifest.read(folder)
-    if not book.members:
+    listed = manifest.Manifest.read(folder)
+    if not listed.members:
         raise EnsembleError(f"{folder / manifest.FILE_NAME} lists no members; train the ensemble again")
     sources = []
-    for entry in book.members:
+    for entry in listed.members:
         epochs = {number: _named_by_manifest(folder, path) for number, path in entry.epochs.items()}
         sources.append(Source(entry.name, _named_by_manifest(folder, entry.folder), root, epochs, entry))
-    return sources, book
+    return sources, listed
 
 
 def _children(folder: Path) -> list[Source]:
@@ -254,40 +256,73 @@ def _local(item: str | Path) -> Path:
         ) from error
 
 
+def _model_name(name: str) -> str:
+    """Return what a base model is called, wherever it lies: ``org/model``, a mirror, a cache of a hub.
+
+    Hugging Face's cache puts a model into ``models--org--model/snapshots/COMMIT``; ModelScope's cache writes
+    ``___`` for the points in its name; and the path may come from Windows.
+    """
+    parts = re.split(r"[/\\]", name.rstrip("/\\"))
+    cached = next((part for part in parts if part.startswith("models--")), None)
+    return (cached.rpartition("--")[2] if cached else parts[-1]).replace("___", ".")
+
+
 def _same_model(one: str, other: str) -> bool:
-    """Whether two names mean the same model: equal, the same folder, or equal last parts (a local mirror)."""
-    if one == other or Path(one).name == Path(other).name:
+    """Whether two names mean the same model: equal, the same folder, or called the same (a local mirror)."""
+    if one == other or _model_name(one) == _model_name(other):
         return True
     return Path(one).exists() and Path(other).exists() and Path(one).resolve() == Path(other).resolve()
 
 
 def common_base(
     configs: Sequence[AdapterConfig],
-    book: manifest.Manifest | None = None,
+    listed: manifest.Manifest | None = None,
     pretrained: str | None = None,
     allow_mismatch: bool = False,
 ) -> tuple[str, str | None]:
-    """Return the base model all members name, which must be ``pretrained`` where that is given, and its revision.
+    """Return the members' base model and its revision.
+
+    Args:
+        configs: the members', at least one.
+        listed: the ensemble's manifest, where there is one.
+        pretrained: the base model, which must be the one that the members name, if they name any.
+        allow_mismatch: take ``pretrained`` whatever the members name.
 
     Raises:
-        EnsembleError: they name different ones.
+        EnsembleError: they name different ones, or some name none and ``pretrained`` does not either.
     """
-    first = configs[0]
-    for config in configs[1:]:
-        if not _same_model(first.base_model, config.base_model):
-            raise EnsembleError(
-                f"adapters of different base models: {first.path.parent} is on {first.base_model}, "
-                f"{config.path.parent} is on {config.base_model}; an ensemble needs one base"
-            )
-    revision = book.revision if book else first.revision
+    named = _named_base(configs)
+    revision = listed.revision if listed else configs[0].revision
     if pretrained is None:
-        return first.base_model, revision
-    if not allow_mismatch and not _same_model(first.base_model, pretrained):
+        nameless = [config.path for config in configs if config.base_model is None]
+        if nameless or named is None:
+            raise EnsembleError(
+                f"{nameless[0]} names no base model; give pretrained=, the Hub id or folder of the model that it "
+                "was trained on"
+            )
+        return named, revision
+    if named is not None and not allow_mismatch and not _same_model(named, pretrained):
         raise EnsembleError(
-            f"the adapters were trained on {first.base_model}, not on pretrained={pretrained}; leave pretrained "
+            f"the adapters were trained on {named}, not on pretrained={pretrained}; leave pretrained "
             "out, or say allow_base_mismatch=True if both are the same weights"
         )
     return pretrained, revision
+
+
+def _named_base(configs: Sequence[AdapterConfig]) -> str | None:
+    """Return the base model that all members name which name one; None if none does."""
+    first, named = None, None
+    for config in configs:
+        if config.base_model is None:
+            continue
+        if first is None or named is None:
+            first, named = config, config.base_model
+        elif not _same_model(named, config.base_model):
+            raise EnsembleError(
+                f"adapters of different base models: {first.path.parent} is on {named}, "
+                f"{config.path.parent} is on {config.base_model}; an ensemble needs one base"
+            )
+    return named
 
 
 def _epochs_in(folder: Path, root: Path) -> dict[int, Path]:

@@ -41,11 +41,11 @@ def check_tokenizers(members: Sequence[Member], base: Any) -> None:
         EnsembleError: one differs, adds tokens, or cannot be read.
     """
     for member in members:
-        found = _difference(member, base)
-        if found:
+        difference = _difference(member, base)
+        if difference:
             raise EnsembleError(
-                f"the tokenizer in {member.folder} ({member.name}) differs from the base model's: {found}; the adapter "
-                "was trained on other token ids. Train it with the base's tokenizer, or, if it was, remove the "
+                f"the tokenizer in {member.folder} ({member.name}) differs from the base model's: {difference}; the "
+                "adapter was trained on other token ids. Train it with the base's tokenizer, or, if it was, remove the "
                 "tokenizer files from that folder"
             )
 

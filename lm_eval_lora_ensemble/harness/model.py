@@ -1,6 +1,11 @@
 """The lm-eval model ``lora-ensemble``: one base model, N LoRA adapters, one averaged likelihood."""
 
+# ruff: noqa: E402 - the guard comes before the imports that it guards
 from __future__ import annotations
+
+from lm_eval_lora_ensemble.harness.compatibility import require_lm_eval
+
+require_lm_eval()
 
 import functools
 import logging
@@ -20,6 +25,7 @@ from lm_eval_lora_ensemble.ensemble.members import (
     find_ensemble,
     refuse_missing_folder,
 )
+from lm_eval_lora_ensemble.ensemble.quantization import quantization_config, take_arguments
 from lm_eval_lora_ensemble.ensemble.tokenizer import check_tokenizers
 from lm_eval_lora_ensemble.errors import EnsembleError, shorten_errors_of_command
 from lm_eval_lora_ensemble.harness.cache import claim_cache, read_older_scores, saved_scores
@@ -124,7 +130,15 @@ class LoraEnsembleLM(HFLM):
         return max(1, len(self.ensemble.members))
 
     def _create_model(self, *args: Any, **kwargs: Any) -> None:
-        """Load the base model as ``hf`` does, and on it, once they are known to fit, every adapter."""
+        """Load the base model as ``hf`` does, and on it, once they are known to fit, every adapter.
+
+        Raises:
+            EnsembleError: bitsandbytes' arguments cannot be followed.
+        """
+        self._quantization = take_arguments(kwargs)
+        kwargs["quantization_config"] = quantization_config(
+            self._quantization, kwargs.get("quantization_config")
+        )
         super()._create_model(*args, **kwargs)
         self._attach_members()
 
@@ -200,6 +214,7 @@ class LoraEnsembleLM(HFLM):
             "members": [member.sha256 for member in self.ensemble.members],
             "average": self.average,
             "dtype": str(self.model.dtype),
+            "quantization": {name: str(value) for name, value in self._quantization.items()} or None,
             "max_length": self.max_length,
         }
 

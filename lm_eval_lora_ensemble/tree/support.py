@@ -29,6 +29,8 @@ def _obstacles(model: Any, longest: int) -> Iterator[str]:
         yield "the model is an encoder-decoder"
     if not hasattr(causal, "get_decoder") or causal.get_output_embeddings() is None:
         yield "the model has no separate decoder and head"
+    if any(_rounds_by_batch(module) for module in causal.modules()):
+        yield "8-bit layers treat outliers by what else is in the batch; llm_int8_threshold=0.0 turns that off"
     adapters = getattr(model, "peft_config", {}).values()
     kinds = {str(getattr(adapter.peft_type, "value", adapter.peft_type)) for adapter in adapters}
     if not kinds <= {"LORA"}:
@@ -47,3 +49,8 @@ def _obstacles(model: Any, longest: int) -> Iterator[str]:
     window = getattr(config, "sliding_window", None)
     if window is not None and longest > window and getattr(config, "use_sliding_window", True):
         yield f"sequences of up to {longest} tokens reach beyond the sliding window of {window}"
+
+
+def _rounds_by_batch(module: Any) -> bool:
+    """Whether a layer is LLM.int8's with outliers on: a column is split off if any row of the batch has one there."""
+    return type(module).__name__ == "Linear8bitLt" and getattr(module.state, "threshold", 0.0) > 0

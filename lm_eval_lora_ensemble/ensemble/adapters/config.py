@@ -16,6 +16,7 @@ from typing import Any
 import regex
 
 from lm_eval_lora_ensemble.disk import read_json
+from lm_eval_lora_ensemble.ensemble.adapters.foreign import refuse_lfs_pointer, refuse_other_formats
 from lm_eval_lora_ensemble.errors import EnsembleError
 
 MAX_BYTES = 1 << 20
@@ -30,6 +31,8 @@ ALL_LINEAR = "all-linear"
 _CODE = re.compile(r"auto_map|code|class|import|library|module_path|plugin|script|exec|_target_|url|endpoint")
 _TRANSFORMERS_MODULE = re.compile(r"transformers\.models\.\w+(\.\w+)*", re.ASCII)
 _REVISION = re.compile(r"(?!.*\.\.)\w[\w./-]{0,254}", re.ASCII)
+# Unsloth marks what it saved with this; no repository has a branch of that name for it
+_NO_REVISION = "unsloth"
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:[/\\]{2}|[/\\]{2}")
 _BASE_CHANGING_INIT = "is made from the base model's weights, which it changes for every other member"
 
@@ -40,14 +43,14 @@ class AdapterConfig:
 
     Attributes:
         path: the file.
-        base_model: Hub id or folder of the base model.
+        base_model: Hub id or folder of the base model; None if the file names none.
         revision: of the base model, where named.
         rank: of every adapted layer that ``rank_pattern`` does not mention.
         values: the whole file; every value has passed its rule.
     """
 
     path: Path
-    base_model: str
+    base_model: str | None
     revision: str | None
     rank: int
     values: dict[str, Any]
@@ -109,11 +112,13 @@ def read_config(path: Path) -> AdapterConfig:
     Raises:
         EnsembleError: unreadable, not LoRA, a key that is not known, or a value that is not allowed.
     """
+    refuse_lfs_pointer(path)
     values = read_json(path, MAX_BYTES)
-    if isinstance(values, dict) and values.get("peft_type", "LORA") != "LORA":
+    if not isinstance(values, dict):
+        raise EnsembleError(f"{path} holds no JSON object, so it configures no adapter; export it again")
+    refuse_other_formats(path, values)
+    if values.get("peft_type", "LORA") != "LORA":
         raise EnsembleError(f"{path} is of type {_shown(values['peft_type'])}, not LORA")
-    if not isinstance(values, dict) or not isinstance(values.get("base_model_name_or_path"), str):
-        raise EnsembleError(f"{path} does not name its base model; add base_model_name_or_path to it")
     for missing in {"peft_type", "r"} - set(values):
         raise EnsembleError(f"{path} lacks {missing}; export the adapter again")
     for text in _strings(values):
@@ -121,7 +126,14 @@ def read_config(path: Path) -> AdapterConfig:
             raise EnsembleError(f"{path} holds the text {_shown(text)}, which is not printable or too long")
     for key, value in values.items():
         _check_value(path, key, value)
-    return AdapterConfig(path, values["base_model_name_or_path"], values.get("revision"), values["r"], values)
+    revision = values.get("revision")
+    return AdapterConfig(
+        path,
+        base_model=values.get("base_model_name_or_path") or None,
+        revision=None if revision == _NO_REVISION else revision,
+        rank=values["r"],
+        values=values,
+    )
 
 
 def _check_value(path: Path, key: str, value: Any) -> None:
@@ -161,6 +173,10 @@ def _strings(value: Any) -> Iterator[str]:
 
 def _is_off(value: Any) -> bool:
     return value is None or value is False or value in ({}, [])
+
+
+def _is_null(value: Any) -> bool:
+    return value is None
 
 
 def _is_bool(value: Any) -> bool:
@@ -206,18 +222,28 @@ def _is_pattern_of(allowed: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 def _is_base_model(value: Any) -> bool:
-    if not isinstance(value, str) or not value or _REMOTE.match(value):
+    if value is None:
+        return True
+    if not isinstance(value, str) or _REMOTE.match(value):
         return False
     return all(len(part.encode()) <= MAX_FILE_NAME for part in value.split("/"))
 
 
 def _is_transformers_class(value: Any) -> bool:
-    """Whether an ``auto_mapping`` is what PEFT writes for a plain transformers model; nothing imports it."""
+    """Whether an ``auto_mapping`` is what PEFT writes for a plain transformers model; nothing imports it.
+
+    Tools add flags of their own, such as Unsloth's ``unsloth_fixed``: true, false and null name nothing.
+    """
     if _is_off(value):
         return True
-    if not isinstance(value, dict) or set(value) != {"base_model_class", "parent_library"}:
+    if not isinstance(value, dict):
         return False
-    name, library = value["base_model_class"], value["parent_library"]
+    named = {key: entry for key, entry in value.items() if not _is_bool(entry)}
+    if not named:
+        return True
+    if set(named) != {"base_model_class", "parent_library"}:
+        return False
+    name, library = named["base_model_class"], named["parent_library"]
     return all(isinstance(text, str) for text in (name, library)) and bool(
         name.isidentifier() and _TRANSFORMERS_MODULE.fullmatch(library)
     )
@@ -228,6 +254,24 @@ def _are_token_indices(value: Any) -> bool:
         value is None
         or _are_indices(value)
         or (isinstance(value, dict) and all(map(_are_indices, value.values())))
+    )
+
+
+def _is_block_diagonal_nowhere(value: Any) -> bool:
+    """Whether ``use_bdlora`` makes no layer block-diagonal, so that PEFT computes plain LoRA.
+
+    Any dictionary switches PEFT's variant on; it leaves a layer plain if no pattern matches, which it refuses
+    unless ``match_strict`` is false.
+    """
+    if value is None:
+        return True
+    patterns = ("target_modules_bd_a", "target_modules_bd_b")
+    return (
+        isinstance(value, dict)
+        and set(value) <= {*patterns, "nblocks", "match_strict"}
+        and not any(value.get(key) for key in patterns)
+        and value.get("match_strict") is False
+        and _is_int(value.get("nblocks", 1), 1, 1 << 16)
     )
 
 
@@ -246,6 +290,8 @@ _OTHER_FORWARD = "this release scores plain, rank-stabilised and weight-decompos
 _FLAG = (_is_bool, "say true or false")
 _NAMES = (_is_name_or_names, "give one text or a list of texts")
 _OTHER_VARIANT = (_is_off, _OTHER_FORWARD)
+# PEFT reads these as settings, of which the empty ones are the variant's defaults: it is off only where there are none
+_OTHER_VARIANT_SETTINGS = (_is_null, _OTHER_FORWARD)
 
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "peft_type": (lambda value: value == "LORA", "only LORA is scored"),
@@ -298,13 +344,13 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "runtime_config": (_is_off, "what happens at run time is not an adapter's to say"),
     "use_qalora": _OTHER_VARIANT,
     "qalora_group_size": (lambda value: value is None or _is_int(value, 1, 1 << 16), "give a whole number"),
-    "velora_config": _OTHER_VARIANT,
+    "velora_config": _OTHER_VARIANT_SETTINGS,
     "alora_invocation_tokens": _OTHER_VARIANT,
-    "monteclora_config": _OTHER_VARIANT,
+    "monteclora_config": _OTHER_VARIANT_SETTINGS,
     "target_parameters": _OTHER_VARIANT,
-    "use_bdlora": _OTHER_VARIANT,
-    "arrow_config": _OTHER_VARIANT,
-    "kasa_config": _OTHER_VARIANT,
+    "use_bdlora": (_is_block_diagonal_nowhere, _OTHER_FORWARD),
+    "arrow_config": _OTHER_VARIANT_SETTINGS,
+    "kasa_config": _OTHER_VARIANT_SETTINGS,
     # written by the first releases of PEFT, ignored by the later ones
     "merge_weights": _FLAG,
     "enable_lora": (_is_off, _OTHER_FORWARD),

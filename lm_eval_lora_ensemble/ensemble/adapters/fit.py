@@ -33,8 +33,8 @@ def check_fit(model: torch.nn.Module, base: str, folders: Sequence[Path]) -> Non
             replace one of the base model's own under the other members.
     """
     state = model.state_dict()
-    every = [_weights(folder) for folder in folders]
-    for folder, weights in zip(folders, every, strict=True):
+    all_weights = [_weights(folder) for folder in folders]
+    for folder, weights in zip(folders, all_weights, strict=True):
         for module, shapes in weights.layers.items():
             sizes = _layer_sizes(model, module)
             for kind, shape in shapes.items():
@@ -44,8 +44,8 @@ def check_fit(model: torch.nn.Module, base: str, folders: Sequence[Path]) -> Non
         for module, shape in weights.tokens.items():
             sizes = _layer_sizes(model, module)
             _compare(folder, base, f"trained rows of {module}", shape, sizes and (shape[0], sizes[1]))
-    for own in sorted({own for weights in every for own in weights.base}):
-        _check_carried(own, state[own], base, folders, every)
+    for own in sorted({own for weights in all_weights for own in weights.base}):
+        _check_carried(own, state[own], base, folders, all_weights)
 
 
 def check_loaded(model: torch.nn.Module, adapter: str, folder: Path) -> None:
@@ -117,7 +117,7 @@ def _compare(folder: Path, base: str, what: str, shape: Shape, expected: Shape |
 
 
 def _check_carried(
-    own: str, parameter: torch.Tensor, base: str, folders: Sequence[Path], every: Sequence[Weights]
+    own: str, parameter: torch.Tensor, base: str, folders: Sequence[Path], all_weights: Sequence[Weights]
 ) -> None:
     """Check that loading the parameter ``own`` from the members' files changes it for none of the others.
 
@@ -126,7 +126,7 @@ def _check_carried(
     """
     carried = {
         folder: _tensor(folder, weights.names[own])
-        for folder, weights in zip(folders, every, strict=True)
+        for folder, weights in zip(folders, all_weights, strict=True)
         if own in weights.names
     }
     first = next(iter(carried.values()))

@@ -1,7 +1,7 @@
 """One adapter folder: which files of it are read at all, and that no link leads out of it.
 
 Read are adapter_config.json and adapter_model.safetensors, nothing else. A pickle beside them is never opened;
-a folder that has only a pickle is refused.
+a folder that has only a pickle is refused, with the way to convert it (:mod:`..convert`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from lm_eval_lora_ensemble.errors import EnsembleError
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ def inside(path: Path, root: Path) -> Path:
 def check_config(folder: Path, root: Path) -> AdapterConfig:
     """Check an adapter's configuration, and that its weights are there as safetensors.
 
+    What is wrong with the configuration is said first: it tells formats of other libraries by their names.
+
     Args:
         folder: the adapter.
         root: what its links may not leave; see :func:`link_root`.
@@ -76,22 +79,55 @@ def check_config(folder: Path, root: Path) -> AdapterConfig:
     Raises:
         EnsembleError: it is no LoRA adapter, or one that is not data alone.
     """
-    config = inside(folder / CONFIG, root)
-    if not config.exists():
+    config = find_config(folder, root)
+    if not regular_file(folder, WEIGHTS, root):
+        raise EnsembleError(_without_weights(folder, root))
+    return config
+
+
+def find_config(folder: Path, root: Path) -> AdapterConfig:
+    """Find and check an adapter's configuration, whatever its weights are.
+
+    Args:
+        folder: the adapter.
+        root: what its links may not leave; see :func:`link_root`.
+
+    Raises:
+        EnsembleError: it is no LoRA adapter's, or not data alone.
+    """
+    if not regular_file(folder, CONFIG, root):
         raise EnsembleError(
             f"{folder} is not a PEFT adapter: it has no {CONFIG}; name the adapter's own folder"
         )
-    weights = inside(folder / WEIGHTS, root)
-    if not weights.exists():
-        raise EnsembleError(
-            f"{folder} has no {WEIGHTS}; save the adapter with safetensors (pickled weights are not loaded)"
-        )
-    for path in (config, weights):
-        if not path.is_file():
-            raise EnsembleError(
-                f"{folder} holds something at {path.name} that is not a file; export it again"
-            )
     return read_config(folder / CONFIG)
+
+
+def regular_file(folder: Path, name: str, root: Path) -> bool:
+    """Whether ``folder`` has something called ``name``, which must then be a file inside ``root``.
+
+    Raises:
+        EnsembleError: it leads out of ``root``, or is a folder, a pipe or a device.
+    """
+    path = inside(folder / name, root)
+    if path.exists() and not path.is_file():
+        raise EnsembleError(f"{folder} holds something at {name} that is not a file; export it again")
+    return path.exists()
+
+
+def _without_weights(folder: Path, root: Path) -> str:
+    """Say what to do about a folder that has no weights in safetensors."""
+    if (folder / PICKLE).exists():
+        return (
+            f"{folder} has its weights in {PICKLE} only, a pickle, which is not loaded; "
+            f"`lora-ensemble convert {folder}` writes {WEIGHTS} beside it"
+        )
+    if root != folder and root.name.startswith("models--"):
+        name = root.name.removeprefix("models--").replace("--", "/")
+        return (
+            f"{name} has no {WEIGHTS} on the Hugging Face Hub; if it has {PICKLE}, download it with "
+            f"`hf download {name} --local-dir FOLDER`, and run `lora-ensemble convert FOLDER`"
+        )
+    return f"{folder} has no {WEIGHTS}; copy or export the adapter again"
 
 
 def check_adapter(folder: Path, root: Path) -> Adapter:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from lm_eval_lora_ensemble.disk import parse_json
 from lm_eval_lora_ensemble.ensemble.adapters.config import AdapterConfig
+from lm_eval_lora_ensemble.ensemble.adapters.foreign import refuse_lfs_pointer
 from lm_eval_lora_ensemble.errors import EnsembleError
 
 MAX_BYTES = 16 << 30  # rank 256 in every layer of a 400-billion-parameter model, in bfloat16
@@ -93,12 +94,13 @@ def read_weights(path: Path, config: AdapterConfig, *, values: bool = True) -> W
     if values:
         with path.open("rb") as stream:
             for name, info in header.items():
-                _check_finite(path, stream, name, info, start)
+                _refuse_nonfinite_values(path, stream, name, info, start)
     return weights
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:
     """Return the tensors' entries of the header, and where in the file their data starts."""
+    refuse_lfs_pointer(path)
     try:
         size = path.stat().st_size
         if size > MAX_BYTES:
@@ -205,7 +207,9 @@ def _check_layer(path: Path, config: AdapterConfig, module: str, shapes: dict[st
             )
 
 
-def _check_finite(path: Path, stream: BinaryIO, name: str, info: dict[str, Any], start: int) -> None:
+def _refuse_nonfinite_values(
+    path: Path, stream: BinaryIO, name: str, info: dict[str, Any], start: int
+) -> None:
     begin, end = info["data_offsets"]
     stream.seek(start + begin)
     for piece in _pieces(stream, end - begin, _DTYPES[info["dtype"]]):
