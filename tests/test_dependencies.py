@@ -117,7 +117,8 @@ def test_versions_that_fit(monkeypatch, installed):
     ],
 )
 def test_an_lm_eval_without_an_internal_gives_one_line(spoil, lacks):
-    code = f"{spoil}\nfrom lm_eval_lora_ensemble.harness.model import LoraEnsembleLM"
+    as_command = "import sys; sys.modules['__main__'].__file__ = 'lm_eval'"  # where errors are one line
+    code = f"{as_command}\n{spoil}\nfrom lm_eval_lora_ensemble.harness.model import LoraEnsembleLM"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 1 and "Traceback" not in done.stderr

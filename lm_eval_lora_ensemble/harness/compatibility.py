@@ -66,7 +66,9 @@ def require_lm_eval(needed: Mapping[str, Sequence[str]] = NEEDED) -> None:
         None,
     )
     if wrong:
-        shorten_errors_of_command(str)  # lm-eval imports us when its run has begun, and would show a traceback
+        shorten_errors_of_command(
+            str
+        )  # lm-eval imports us when its run has begun, and would show a traceback
         raise EnsembleError(
             f"the installed lm-eval ({_installed() or 'of unknown version'}) {wrong}; this release of "
             f"lm-eval-lora-ensemble needs another: pip install '{WANTED}'"

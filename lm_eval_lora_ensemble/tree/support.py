@@ -53,4 +53,5 @@ def _obstacles(model: Any, longest: int) -> Iterator[str]:
 
 def _rounds_by_batch(module: Any) -> bool:
     """Whether a layer is LLM.int8's with outliers on: a column is split off if any row of the batch has one there."""
-    return type(module).__name__ == "Linear8bitLt" and getattr(module.state, "threshold", 0.0) > 0
+    state = getattr(module, "state", None)  # PEFT's layer around it has the same name and no state
+    return type(module).__name__ == "Linear8bitLt" and getattr(state, "threshold", 0.0) > 0
