@@ -18,8 +18,9 @@ from lm_eval_lora_ensemble import cli
 from lm_eval_lora_ensemble.analysis.comparison import compare_runs
 from lm_eval_lora_ensemble.analysis.result import Settings
 from lm_eval_lora_ensemble.analysis.runs import load_runs, merge_runs
-from lm_eval_lora_ensemble.metrics.battery import METRICS, Battery
+from lm_eval_lora_ensemble.metrics.battery import Battery
 from lm_eval_lora_ensemble.metrics.predictions import Predictions
+from lm_eval_lora_ensemble.metrics.registry import METRICS
 
 REAL = Path(__file__).parent / "data" / "smollm2_arc_easy"
 TASKS = ("arc_easy_validation", "mmlu_anatomy", "mmlu_astronomy", "mmlu_college_physics")

@@ -15,8 +15,8 @@ from lm_eval_lora_ensemble.analysis.result import TaskResult, UncertaintyResult,
 from lm_eval_lora_ensemble.analysis.runs import Run, load_runs, merge_runs
 from lm_eval_lora_ensemble.disk import write_json
 from lm_eval_lora_ensemble.errors import EnsembleError
-from lm_eval_lora_ensemble.metrics.battery import METRICS
 from lm_eval_lora_ensemble.metrics.bootstrap import Estimate
+from lm_eval_lora_ensemble.metrics.registry import METRICS
 
 _ARROWS = {"higher": "↑", "lower": "↓", "": ""}
 

@@ -19,11 +19,11 @@ from lm_eval_lora_ensemble.analysis.runs import Run
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.metrics import conformal
 from lm_eval_lora_ensemble.metrics.arrays import FloatArray
-from lm_eval_lora_ensemble.metrics.battery import METRICS, Battery
+from lm_eval_lora_ensemble.metrics.battery import Battery
 from lm_eval_lora_ensemble.metrics.bootstrap import (
     Bootstrapped,
     Estimate,
-    Plan,
+    ResamplingPlan,
     bootstrap,
     interval,
     mean_of,
@@ -33,6 +33,7 @@ from lm_eval_lora_ensemble.metrics.detection import Detection, detect
 from lm_eval_lora_ensemble.metrics.ensemble_size import by_size
 from lm_eval_lora_ensemble.metrics.predictions import Predictions
 from lm_eval_lora_ensemble.metrics.recalibration import ORDERS, TemperatureScaling, recalibrate
+from lm_eval_lora_ensemble.metrics.registry import METRICS
 from lm_eval_lora_ensemble.metrics.selection import risk_coverage
 
 _CURVE_POINTS = 101
@@ -208,7 +209,7 @@ def _macro_jackknife(metric: str, parts: Sequence[Bootstrapped], defined: np.nda
 
 def _conformal(predictions: Predictions, settings: Settings) -> list[ConformalResult]:
     calibration, test = conformal.split(predictions, 0.5, settings.seed)
-    plan = Plan(test.n_documents, settings.resamples, settings.seed, level=settings.level)
+    plan = ResamplingPlan(test.n_documents, settings.resamples, settings.seed, level=settings.level)
     results = []
     for method in conformal.METHODS:
         sets = conformal.conformal_sets(calibration, test, method, settings.alpha, seed=settings.seed)

@@ -28,7 +28,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.metrics import choices
-from lm_eval_lora_ensemble.metrics.battery import METRICS, Battery
+from lm_eval_lora_ensemble.metrics.battery import Battery
 from lm_eval_lora_ensemble.metrics.calibration import expected_calibration_error, rms_calibration_error
 from lm_eval_lora_ensemble.metrics.information import (
     expected_entropy,
@@ -37,6 +37,7 @@ from lm_eval_lora_ensemble.metrics.information import (
 )
 from lm_eval_lora_ensemble.metrics.predictions import Predictions
 from lm_eval_lora_ensemble.metrics.proper_scores import brier_score, negative_loglikelihood
+from lm_eval_lora_ensemble.metrics.registry import METRICS
 from lm_eval_lora_ensemble.scoring.loglikelihood import EnsembleLoglikelihood
 
 logger = logging.getLogger(__name__)
