@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from lm_eval_lora_ensemble.metrics import selection
 from lm_eval_lora_ensemble.metrics.arrays import FloatArray
@@ -16,7 +16,13 @@ from lm_eval_lora_ensemble.metrics.registry import metric
 
 _SCORES = ("max_probability", "entropy", "mutual_information")
 
-_OfScore = Callable[[WeightedDocuments, str], FloatArray]
+
+class _OfScore(Protocol):
+    """A metric of the ranking by a score."""
+
+    __name__: str
+
+    def __call__(self, documents: WeightedDocuments, score: str) -> FloatArray: ...
 
 
 def _by_each_score(column: str = "", **meaning: Any) -> Callable[[_OfScore], _OfScore]:
