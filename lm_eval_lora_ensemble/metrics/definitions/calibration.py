@@ -27,7 +27,7 @@ def ece(documents: WeightedDocuments) -> FloatArray:
     family="calibration",
     direction="lower",
     range="0–1",
-    definition="the same, bins at the sample's quantiles; equal confidences stay together",
+    definition="Σ_b (n_b/n) |acc_b − conf_b|, bins at the sample's quantiles; equal confidences stay together",
     source="Nixon 2019",
 )
 def ece_equal_mass(documents: WeightedDocuments) -> FloatArray:

@@ -48,7 +48,7 @@ def expected_entropy(predictions: Predictions) -> FloatArray:
     range="0–ln min(N, C)",
     in_table=True,
     column="MI",
-    definition="the difference, what they disagree about",
+    definition="H[p̄] − (1/N) Σ_m H[p_m], what the members disagree about",
     source="Houlsby 2011, [1]",
 )
 def mutual_information(predictions: Predictions) -> FloatArray:
