@@ -24,6 +24,7 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from lm_eval_lora_ensemble import cli
 from lm_eval_lora_ensemble.analysis.runs import load_runs
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.harness.document import document_metrics
@@ -173,6 +174,16 @@ def test_several_gold_answers_leave_out_what_needs_one_with_a_warning(one_proces
     assert {tuple(s["golds"]) for s in samples["several_golds"]} == {(0, 2)}
     warning = "task several_golds has several gold answers: metrics that need the gold answer are left out"
     assert done.stderr.count(warning) == 1
+
+
+def test_a_task_without_golds_is_left_out_of_analysis_and_report_and_stops_neither(
+    one_process, output, tmp_path, capsys
+):
+    assert cli.main(["analyse", str(output), "--resamples", "20"]) == 0
+    assert "left out: several_golds: gold answers unknown" in capsys.readouterr().out
+    assert cli.main(["report", str(output), "--output", str(tmp_path / "report"), "--resamples", "20"]) == 0
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert "plain_a" in page and "several_golds" in page
 
 
 def test_golds_that_are_none_are_not_taken_for_any(ensemble, tmp_path, caplog):

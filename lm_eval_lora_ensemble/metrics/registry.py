@@ -204,13 +204,12 @@ def metric(
     Raises:
         EnsembleError: a bad name, or one that another module has registered.
 
-    Example:
-        >>> @metric(per_document=True, family="calibration", direction="higher", range="0–1",
-        ...         needs_gold=False, definition="share of documents answered with p̄ ≥ 0.9")
-        ... def share_sure(predictions):
-        ...     return (predictions.confidence >= 0.9).astype(float)
-        >>> METRICS["share_sure"].direction
-        'higher'
+    Example::
+
+        @metric(per_document=True, family="calibration", direction="higher", range="0–1", needs_gold=False,
+                definition="share of documents answered with a confidence of at least 0.9")
+        def share_sure(predictions):
+            return (predictions.confidence >= 0.9).astype(float)
     """
 
     def register(compute: _Function) -> _Function:
