@@ -182,7 +182,7 @@ def test_a_task_without_golds_is_left_out_of_analysis_and_report_and_stops_neith
     assert cli.main(["analyse", str(output), "--resamples", "20"]) == 0
     assert "left out: several_golds: gold answers unknown" in capsys.readouterr().out
     assert cli.main(["report", str(output), "--output", str(tmp_path / "report"), "--resamples", "20"]) == 0
-    page = (tmp_path / "report" / "report.md").read_text()
+    page = (tmp_path / "report" / "report.html").read_text()
     assert "plain_a" in page and "several_golds" in page
 
 
