@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import pkgutil
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import pytest
 from conftest import PROJECT
 from independent_battery import Document, battery
 
+from lm_eval_lora_ensemble import metrics
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.metrics.battery import Battery
 from lm_eval_lora_ensemble.metrics.predictions import Predictions
@@ -149,3 +151,10 @@ def test_metrics_need_neither_torch_nor_files_nor_argparse():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_no_public_name_hides_a_module():
+    for module in pkgutil.iter_modules(metrics.__path__, f"{metrics.__name__}."):
+        imported = importlib.import_module(module.name)
+        assert getattr(metrics, module.name.rpartition(".")[2]) is imported
+    assert all(getattr(metrics, name).__doc__ for name in metrics.__all__)

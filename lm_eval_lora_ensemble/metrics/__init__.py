@@ -14,7 +14,7 @@ Example:
 from __future__ import annotations
 
 from lm_eval_lora_ensemble.metrics.battery import Battery, WeightedDocuments, uncertainty_scores
-from lm_eval_lora_ensemble.metrics.bootstrap import Estimate, ResamplingPlan, bootstrap
+from lm_eval_lora_ensemble.metrics.bootstrap import Estimate, ResamplingPlan
 from lm_eval_lora_ensemble.metrics.calibration import (
     confidence_gap,
     debiased_squared_calibration_error,
@@ -71,7 +71,6 @@ __all__ = [
     "agreement",
     "auroc",
     "average_precision",
-    "bootstrap",
     "brier_decomposition",
     "brier_score",
     "by_size",
