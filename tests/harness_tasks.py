@@ -72,6 +72,31 @@ def write_tasks(folder: Path, n_rows: int = 21) -> Path:
     return folder
 
 
+OWN_SCORING = """
+import numpy as np
+
+def share_of_true(doc, results):
+    p = np.exp([score for score, _ in results])
+    return {"acc": float(p[np.array(doc["labels"]) == 1].sum() / p.sum())}
+"""
+
+
+def write_own_scoring(folder: Path) -> Path:
+    """Write ``own_scoring``, in the form of TruthfulQA's mc2: several true choices, scored by the task's own rule.
+
+    Its ``doc_to_target`` is 0 whatever is right, as there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = np.random.default_rng(13)
+    rows = [_row(draw, n_choices=4) for _ in range(10)]
+    rows = [{**row, "labels": draw.permutation([1, 1, 0, 0][: len(row["choices"])]).tolist()} for row in rows]
+    (folder / "own_rule.py").write_text(OWN_SCORING)
+    _task(folder, "own_scoring", rows, doc_to_text="{{question}}", doc_to_choice="choices", doc_to_target=0)
+    with (folder / "own_scoring.yaml").open("a") as stream:
+        stream.write("process_results: !function own_rule.share_of_true\n")
+    return folder
+
+
 def _row(draw: np.random.Generator, n_choices: int) -> dict:
     def phrase(low: int, high: int) -> str:
         return " ".join(draw.choice(WORDS, size=int(draw.integers(low, high))))

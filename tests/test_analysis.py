@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 
 from lm_eval_lora_ensemble import cli
-from lm_eval_lora_ensemble.analysis.comparison import compare_runs
-from lm_eval_lora_ensemble.analysis.evaluation import evaluate_uncertainty
+from lm_eval_lora_ensemble.analysis.comparison import compare
+from lm_eval_lora_ensemble.analysis.evaluation import evaluate
 from lm_eval_lora_ensemble.analysis.result import Settings
 from lm_eval_lora_ensemble.analysis.runs import Run
 from lm_eval_lora_ensemble.errors import EnsembleError
-from lm_eval_lora_ensemble.metrics.battery import METRICS, Battery
+from lm_eval_lora_ensemble.metrics.battery import Battery
 from lm_eval_lora_ensemble.metrics.choices import choice_probabilities
 from lm_eval_lora_ensemble.metrics.predictions import Predictions
+from lm_eval_lora_ensemble.metrics.registry import METRICS
 
 QUICK = Settings(resamples=50)
 
@@ -33,7 +34,7 @@ def run():
 
 
 def test_groups_are_pooled_and_macro_stands_beside(run):
-    result = evaluate_uncertainty(run, settings=QUICK)
+    result = evaluate(run, settings=QUICK)
     assert list(result.tasks) == ["ab", "c", "a", "b"]
     group = result.tasks["ab"]
     pooled = Battery(run.predictions("ab"))(np.ones((1, 150)))
@@ -47,7 +48,7 @@ def test_groups_are_pooled_and_macro_stands_beside(run):
 
 
 def test_ensemble_members_and_their_difference(run):
-    found = evaluate_uncertainty(run, settings=QUICK).tasks["c"].metrics["nll"]
+    found = evaluate(run, settings=QUICK).tasks["c"].metrics["nll"]
     every = np.ones((1, 50))
     singles = [Battery(run.tasks["c"].only([m]))(every)["nll"][0] for m in range(3)]
     assert found.members == pytest.approx(singles)
@@ -57,7 +58,7 @@ def test_ensemble_members_and_their_difference(run):
 
 
 def test_out_of_domain_and_calibration_tasks(run):
-    result = evaluate_uncertainty(run, ood=["c"], calibrate="a", settings=QUICK)
+    result = evaluate(run, ood=["c"], calibrate="a", settings=QUICK)
     assert list(result.detection) == ["ab"]
     assert set(result.detection["ab"]["c"]) == {
         "max_probability",
@@ -70,21 +71,21 @@ def test_out_of_domain_and_calibration_tasks(run):
     assert first.order == "pool_then_calibrate"
     assert first.change["accuracy"].value == 0
     with pytest.raises(EnsembleError, match="no samples of 'x'"):
-        evaluate_uncertainty(run, ood=["x"], settings=QUICK)
+        evaluate(run, ood=["x"], settings=QUICK)
     with pytest.raises(EnsembleError, match="no task besides"):
-        evaluate_uncertainty(run, ood=["ab", "c"], settings=QUICK)
+        evaluate(run, ood=["ab", "c"], settings=QUICK)
 
 
 def test_a_task_without_gold_answers_can_still_be_out_of_domain(run):
     c = run.tasks["c"]
     blind = Predictions(c.log_probabilities, c.counts, None, c.subjects, c.documents, "not logged")
-    result = evaluate_uncertainty(Run("run", "", {}, {**run.tasks, "c": blind}), ood=["c"], settings=QUICK)
+    result = evaluate(Run("run", "", {}, {**run.tasks, "c": blind}), ood=["c"], settings=QUICK)
     assert "not logged" in result.skipped["c"]
     assert "c" in result.detection["a"]
 
 
 def test_the_same_seed_gives_the_same_result_and_json_is_strict(run):
-    one, two = (evaluate_uncertainty(run, settings=QUICK).to_dict() for _ in range(2))
+    one, two = (evaluate(run, settings=QUICK).to_dict() for _ in range(2))
     text = json.dumps(one, allow_nan=False)
     assert text == json.dumps(two, allow_nan=False)
 
@@ -95,18 +96,18 @@ def test_runs_compared_on_the_same_documents_only(run):
         for task, p in run.tasks.items()
     }
     other = Run("other", "", {}, noisy)
-    compared = compare_runs(other, run, QUICK)
+    compared = compare(other, run, QUICK)
     assert set(compared) == {"a", "b", "c"}
     found = compared["a"]
     assert found.difference["confidence"].value < 0
     assert 0 < found.total_variation.value < 1
-    same = compare_runs(run, run, QUICK)["a"]
+    same = compare(run, run, QUICK)["a"]
     assert same.agreement.value == 1
     assert all(math.isnan(e.value) or e.value == 0 for e in same.difference.values())
     with pytest.raises(EnsembleError, match="same documents"):
-        compare_runs(run, Run("short", "", {}, {"a": run.tasks["a"].take(np.arange(10))}), QUICK)
+        compare(run, Run("short", "", {}, {"a": run.tasks["a"].take(np.arange(10))}), QUICK)
     with pytest.raises(EnsembleError, match="no task in common"):
-        compare_runs(run, Run("else", "", {}, {"z": run.tasks["a"]}), QUICK)
+        compare(run, Run("else", "", {}, {"z": run.tasks["a"]}), QUICK)
 
 
 @pytest.fixture

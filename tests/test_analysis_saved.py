@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 
 from lm_eval_lora_ensemble import cli
-from lm_eval_lora_ensemble.analysis.comparison import compare_runs
+from lm_eval_lora_ensemble.analysis.comparison import compare
 from lm_eval_lora_ensemble.analysis.result import Settings
 from lm_eval_lora_ensemble.analysis.runs import load_runs, merge_runs
-from lm_eval_lora_ensemble.metrics.battery import METRICS, Battery
+from lm_eval_lora_ensemble.metrics.battery import Battery
 from lm_eval_lora_ensemble.metrics.predictions import Predictions
+from lm_eval_lora_ensemble.metrics.registry import METRICS
 
 REAL = Path(__file__).parent / "data" / "smollm2_arc_easy"
 TASKS = ("arc_easy_validation", "mmlu_anatomy", "mmlu_astronomy", "mmlu_college_physics")
@@ -142,7 +143,7 @@ def test_two_runs_of_real_samples_agree_and_differ_as_defined():
         replace(run, tasks={t: p.only(list(chosen)) for t, p in run.tasks.items()}, groups={})
         for chosen in ((0, 1, 2), (3, 4))
     )
-    compared = compare_runs(first, second, Settings(resamples=20))["mmlu_astronomy"]
+    compared = compare(first, second, Settings(resamples=20))["mmlu_astronomy"]
     documents = real("mmlu_astronomy")
     a, b = (
         [independent.Document(d.scores[list(chosen)], d.gold) for d in documents]

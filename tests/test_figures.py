@@ -21,12 +21,13 @@ from lm_eval_lora_ensemble.analysis.runs import load_runs, merge_runs
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.figures.style import MANY_POINTS, look
 from lm_eval_lora_ensemble.figures.text import metric_label, task_name
-from lm_eval_lora_ensemble.metrics.battery import METRICS, uncertainty_scores
-from lm_eval_lora_ensemble.metrics.bootstrap import Estimate, Plan
+from lm_eval_lora_ensemble.metrics.battery import uncertainty_scores
+from lm_eval_lora_ensemble.metrics.bootstrap import Estimate, ResamplingPlan
 from lm_eval_lora_ensemble.metrics.calibration import expected_calibration_error, reliability_table
 from lm_eval_lora_ensemble.metrics.detection import Detection, detect
-from lm_eval_lora_ensemble.metrics.ensemble_size import SizeRow, by_size
+from lm_eval_lora_ensemble.metrics.ensemble_size import SizeMetrics, by_size
 from lm_eval_lora_ensemble.metrics.predictions import Predictions
+from lm_eval_lora_ensemble.metrics.registry import METRICS
 from lm_eval_lora_ensemble.metrics.selection import risk_coverage
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -225,7 +226,7 @@ def test_risk_coverage_band_is_the_bootstraps(arc):
     for accepted in (30, 100):
         risks = [
             np.repeat(~small.correct[order], w[order].astype(int))[:accepted].mean()
-            for weights in Plan(100, 400, 1).draws()
+            for weights in ResamplingPlan(100, 400, 1).draws()
             for w in weights
         ]
         limits = corners[np.isclose(corners[:, 0], accepted / 100), 1]
@@ -451,7 +452,7 @@ def test_undefined_estimates_leave_gaps():
 
 
 def test_a_metric_that_is_infinite_at_every_size_leaves_the_axes_empty():
-    rows = [SizeRow(k, 2, True, {"nll": np.inf}, {"nll": NAN}) for k in (1, 2)]
+    rows = [SizeMetrics(k, 2, True, {"nll": np.inf}, {"nll": NAN}) for k in (1, 2)]
     assert_legible(figures.plot_by_size(rows, metric="nll"))
 
 

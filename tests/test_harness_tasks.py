@@ -19,15 +19,19 @@ import sklearn.metrics
 import torch
 import torchmetrics.functional.classification as torchmetrics
 from conftest import HUB, needs_hub, random_adapters, tiny_model
-from harness_tasks import write_tasks
+from harness_tasks import write_own_scoring, write_tasks
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from lm_eval_lora_ensemble import cli
 from lm_eval_lora_ensemble.analysis.runs import load_runs
 from lm_eval_lora_ensemble.errors import EnsembleError
-from lm_eval_lora_ensemble.harness import tasks as harness
+from lm_eval_lora_ensemble.harness.document import document_metrics
 from lm_eval_lora_ensemble.harness.model import LoraEnsembleLM
+from lm_eval_lora_ensemble.harness.state import UncertaintyState
+from lm_eval_lora_ensemble.harness.tasks import UncertaintyTask
+from lm_eval_lora_ensemble.metrics import information
 from lm_eval_lora_ensemble.metrics.battery import Battery
 from lm_eval_lora_ensemble.metrics.detection import detect
 
@@ -127,7 +131,8 @@ def test_the_battery_reads_what_lm_eval_wrote(one_process, output):
             )
             expected = sklearn.metrics.average_precision_score(wrong, values)
             assert battery[f"error_aupr_{name}"] == pytest.approx(expected)
-    assert "several gold answers" in saved.skipped["several_golds"]
+    with pytest.raises(EnsembleError, match="2 gold answers"):
+        saved.predictions("several_golds").require_gold()
     inside, outside = (saved.predictions(f"quickstart_{name}") for name in ("countries", "elements"))
     found = detect(inside, outside, resamples=10)
     entropies = [
@@ -151,14 +156,109 @@ def test_groups_pool_calibration_over_documents(one_process):
     assert results["groups"]["both"]["ece,none"] == row["ece,none"]
 
 
-def test_several_gold_answers_are_left_out_with_a_warning(one_process):
+NEED_NO_GOLD = {"predictive_entropy", "expected_entropy", "mutual_information"}
+
+
+def assert_only_what_needs_no_gold(row: dict, samples: list[dict]) -> None:
+    ours = {key.partition(",")[0] for key in row} & {*OURS, "members", "golds", "other_class"}
+    assert ours == {*NEED_NO_GOLD, "members"}
+    for metric in NEED_NO_GOLD:
+        documents = [independent.Document(np.array(s["members"]), 0) for s in samples]
+        assert row[f"{metric},none"] == pytest.approx(independent.battery(documents)[metric], abs=1e-9)
+    assert row["members,none"] == 3
+
+
+def test_several_gold_answers_leave_out_what_needs_one_with_a_warning(one_process):
     results, samples, done = one_process
-    assert "members" not in samples["several_golds"][0]
-    assert not any(key.startswith("ece") for key in results["results"]["several_golds"])
-    assert (
-        done.stderr.count("task several_golds has several gold answers: uncertainty metrics are left out")
-        == 1
+    assert_only_what_needs_no_gold(results["results"]["several_golds"], samples["several_golds"])
+    assert {tuple(s["golds"]) for s in samples["several_golds"]} == {(0, 2)}
+    warning = "task several_golds has several gold answers: metrics that need the gold answer are left out"
+    assert done.stderr.count(warning) == 1
+
+
+def test_a_task_without_golds_is_left_out_of_analysis_and_report_and_stops_neither(
+    one_process, output, tmp_path, capsys
+):
+    assert cli.main(["analyse", str(output), "--resamples", "20"]) == 0
+    assert "left out: several_golds: gold answers unknown" in capsys.readouterr().out
+    assert cli.main(["report", str(output), "--output", str(tmp_path / "report"), "--resamples", "20"]) == 0
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "plain_a" in page and "several_golds" in page
+
+
+def test_golds_that_are_none_are_not_taken_for_any(ensemble, tmp_path, caplog):
+    """As in truthfulqa_mc2, ``doc_to_target: 0`` is not the answer; an nll and an ece of it were printed once."""
+    found = evaluate(
+        LoraEnsembleLM(adapters=str(ensemble), device="cpu"), ["own_scoring"], write_own_scoring(tmp_path)
     )
+    row, samples = found["results"]["own_scoring"], found["samples"]["own_scoring"]
+    assert 0 < row["acc,none"] < 1
+    assert_only_what_needs_no_gold(row, samples)
+    assert all(sample["golds"] == [] for sample in samples)
+    assert caplog.text.count("task own_scoring scores answers by a rule of its own: metrics that need") == 1
+
+
+def test_a_subclass_with_its_own_scoring_has_no_golds_either(llama, tmp_path):
+    write_tasks(tmp_path)
+    (tmp_path / "scored.py").write_text(
+        "from lm_eval_lora_ensemble.harness import UncertaintyTask\n"
+        "class Scored(UncertaintyTask):\n"
+        "    def process_results(self, doc, results):\n"
+        "        return {**super().process_results(doc, results), 'acc': 0.25}\n"
+    )
+    text = (tmp_path / "plain_a.yaml").read_text()
+    (tmp_path / "plain_a.yaml").write_text(text + "class: !function scored.Scored\n")
+    row = evaluate(HFLM(pretrained=str(llama), device="cpu"), ["plain_a"], tmp_path)["results"]["plain_a"]
+    assert row["acc,none"] == 0.25
+    assert "predictive_entropy,none" in row and "nll,none" not in row and "ece,none" not in row
+
+
+def test_samples_say_what_was_known_and_the_table_does_not_show_it(one_process, task_folder):
+    results, samples, _ = one_process
+    for task in ("plain_a", "varies_context"):
+        rows = [json.loads(line) for line in (task_folder / f"{task}.jsonl").read_text().splitlines()]
+        assert [s["golds"] for s in samples[task]] == [[row["gold"]] for row in rows][: len(samples[task])]
+        assert {s["other_class"] for s in samples[task]} == {False}
+        shown = {key.partition(",")[0] for key in results["results"][task]}
+        assert not shown & {"golds", "other_class", "golds_stderr", "other_class_stderr"}
+        assert set(OURS) < shown
+
+
+def test_the_gold_is_read_and_not_guessed(one_process, output, tmp_path):
+    """Without nll and with a misleading target nothing but the logged gold can tell."""
+    (path,) = output.rglob("samples_varies_context_*.jsonl")
+    lines = [json.loads(line) for line in path.open()]
+    for line in lines:
+        line.pop("nll")
+        line["target"] = "0"
+    (tmp_path / path.name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run,) = load_runs(tmp_path)
+    assert run.predictions("varies_context").gold.tolist() == [line["doc"]["gold"] for line in lines]
+    assert {line["doc"]["gold"] for line in lines} == {0, 1}
+
+
+def test_a_name_that_the_task_reports_itself_stays_its_own(ensemble, llama, tmp_path, caplog):
+    """lm-eval has a ``brier_score`` too, of the loglikelihoods that it sees."""
+    write_tasks(tmp_path)
+    file = tmp_path / "varies_context.yaml"
+    theirs = "- {metric: brier_score, aggregation: brier_score, higher_is_better: false}\n"
+    assert "metric_list:\n" in file.read_text()
+    file.write_text(file.read_text().replace("metric_list:\n", f"metric_list:\n{theirs}"))
+    listed = "aggregate_metric_list: [{metric: acc}, {metric: nll}]"
+    (tmp_path / "mixed.yaml").write_text(f"group: mixed\ntask: [plain_b, varies_context]\n{listed}\n")
+    adapter = str(ensemble / "member_00")
+    single = HFLM(pretrained=str(llama), peft=adapter, device="cpu")
+    stock = evaluate(single, ["varies_context"], tmp_path)["results"]["varies_context"]
+    found = evaluate(LoraEnsembleLM(adapters=adapter, device="cpu"), ["mixed"], tmp_path)
+    row, samples = found["results"]["varies_context"], found["samples"]["varies_context"]
+    assert row["brier_score,none"] == pytest.approx(stock["brier_score,none"], abs=1e-5)
+    documents = [independent.Document(np.array(s["members"]), s["golds"][0]) for s in samples]
+    expected = independent.battery(documents)["brier_score"]
+    assert row["ensemble_brier_score,none"] == pytest.approx(expected, abs=1e-9)
+    warning = "task varies_context reports a brier_score of its own: ours is called ensemble_brier_score"
+    assert warning in caplog.text
+    assert "brier_score,none" not in found["results"]["mixed"]
+    assert "nll,none" in found["results"]["mixed"] and "ece,none" in found["results"]["mixed"]
 
 
 def test_the_results_file_identifies_the_ensemble(one_process, ensemble):
@@ -261,7 +361,7 @@ def test_our_tasks_report_uncertainty_for_a_single_model(llama, tmp_path):
 
 def test_an_unknown_uncertainty_option_is_named():
     with pytest.raises(EnsembleError, match=r"task t, key uncertainty: .*'bin'"):
-        harness.UncertaintyTask({"task": "t", "uncertainty": {"bin": 3}})
+        UncertaintyTask({"task": "t", "uncertainty": {"bin": 3}})
 
 
 def test_further_metrics_by_name(llama, tmp_path):
@@ -280,25 +380,15 @@ def test_further_metrics_by_name(llama, tmp_path):
     assert results["results"]["plain_a"]["error_auroc_entropy,none"] == pytest.approx(expected, abs=1e-9)
     assert results["higher_is_better"]["plain_a"]["error_auroc_entropy"] is True
     with pytest.raises(EnsembleError, match=r"no metric 'aurc_entropi'; the nearest is 'aurc_entropy'"):
-        harness.UncertaintyState(metrics=["aurc_entropi"])
+        UncertaintyState(metrics=["aurc_entropi"])
 
 
 def test_mutual_information_below_zero_is_an_error(monkeypatch):
-    monkeypatch.setattr(harness, "mutual_information", _negative)
-    with pytest.raises(EnsembleError):
-        harness.document_metrics(np.zeros((2, 3)), 0)
-
-
-def _negative(p):
-    from lm_eval_lora_ensemble.metrics import information
-
     # entropies swapped: what a wrong implementation upstream of the check would produce
     original = information.entropy
-    information.entropy = lambda q: original(q) * (1 if np.ndim(q) == 3 else 0)
-    try:
-        return information.mutual_information(p)
-    finally:
-        information.entropy = original
+    monkeypatch.setattr(information, "entropy", lambda q: original(q) * (1 if np.ndim(q) == 3 else 0))
+    with pytest.raises(EnsembleError, match="cannot be negative"):
+        document_metrics(np.zeros((2, 3)), 0, metrics=["mutual_information"])
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from scipy import optimize, stats
 
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.metrics.battery import Battery
-from lm_eval_lora_ensemble.metrics.bootstrap import Plan, bootstrap, interval, mean_of
+from lm_eval_lora_ensemble.metrics.bootstrap import ResamplingPlan, bootstrap, interval, mean_of
 from lm_eval_lora_ensemble.metrics.choices import choice_probabilities
 from lm_eval_lora_ensemble.metrics.conformal import conformal_sets, conformal_threshold, split
 from lm_eval_lora_ensemble.metrics.detection import detect
@@ -34,7 +34,7 @@ def mean_statistic(values):
 
 def test_bootstrap_is_scipys():
     values = np.random.default_rng(1).exponential(size=150)
-    ours = bootstrap(mean_statistic(values), Plan(150, resamples=20_000)).estimate("mean")
+    ours = bootstrap(mean_statistic(values), ResamplingPlan(150, resamples=20_000)).estimate("mean")
     for method, limits in (("percentile", ours.percentile), ("BCa", ours.bca), ("basic", ours.basic)):
         theirs = stats.bootstrap((values,), np.mean, method=method, n_resamples=20_000, rng=3)
         assert limits == pytest.approx(tuple(theirs.confidence_interval), abs=0.01)
@@ -56,7 +56,7 @@ def test_bca_is_scipys_formula_on_the_same_resamples():
 
 def test_grouped_jackknife_keeps_the_acceleration():
     values = np.random.default_rng(3).exponential(size=4000)
-    drawn = bootstrap(mean_statistic(values), Plan(4000, resamples=2))
+    drawn = bootstrap(mean_statistic(values), ResamplingPlan(4000, resamples=2))
     assert len(drawn.jackknife["mean"]) == 200
     influence = drawn.jackknife["mean"].mean() - drawn.jackknife["mean"]
     grouped = (influence**3).sum() / (6 * (influence**2).sum() ** 1.5)
@@ -68,25 +68,27 @@ def test_intervals_cover_the_truth():
     rng = np.random.default_rng(4)
     hits = []
     for seed in range(200):
-        estimate = bootstrap(mean_statistic(rng.exponential(size=80)), Plan(80, 400, seed)).estimate("mean")
+        estimate = bootstrap(
+            mean_statistic(rng.exponential(size=80)), ResamplingPlan(80, 400, seed)
+        ).estimate("mean")
         hits.append(estimate.bca[0] <= 1 <= estimate.bca[1])
     assert 0.88 <= np.mean(hits) <= 0.985
 
 
 def test_same_seed_same_resamples_other_seed_others():
     values = np.arange(50.0)
-    one, two, three = (bootstrap(mean_statistic(values), Plan(50, 100, seed)) for seed in (1, 1, 2))
+    one, two, three = (bootstrap(mean_statistic(values), ResamplingPlan(50, 100, seed)) for seed in (1, 1, 2))
     assert np.array_equal(one.resampled["mean"], two.resampled["mean"])
     assert not np.array_equal(one.resampled["mean"], three.resampled["mean"])
 
 
 def test_clusters_are_drawn_whole_and_strata_keep_their_size():
     clusters = np.repeat(list("abcdef"), [1, 2, 3, 4, 5, 6])
-    for weights in Plan(21, 50, clusters=clusters).draws():
+    for weights in ResamplingPlan(21, 50, clusters=clusters).draws():
         for label in "abcdef":
             assert (np.ptp(weights[:, clusters == label], axis=1) == 0).all()
     strata = np.repeat([0, 1], [5, 16])
-    for weights in Plan(21, 50, strata=strata).draws():
+    for weights in ResamplingPlan(21, 50, strata=strata).draws():
         assert (weights[:, :5].sum(1) == 5).all()
         assert (weights[:, 5:].sum(1) == 16).all()
 
@@ -94,21 +96,21 @@ def test_clusters_are_drawn_whole_and_strata_keep_their_size():
 def test_clustering_widens_the_interval_of_alike_documents():
     values = np.repeat(np.random.default_rng(0).normal(size=30), 20)
     clusters = np.repeat(np.arange(30), 20)
-    alone = bootstrap(mean_statistic(values), Plan(600, 500)).estimate("mean")
-    whole = bootstrap(mean_statistic(values), Plan(600, 500, clusters=clusters)).estimate("mean")
+    alone = bootstrap(mean_statistic(values), ResamplingPlan(600, 500)).estimate("mean")
+    whole = bootstrap(mean_statistic(values), ResamplingPlan(600, 500, clusters=clusters)).estimate("mean")
     assert whole.standard_error > 3 * alone.standard_error
 
 
 def test_a_paired_difference_is_narrower_than_its_parts():
     predictions = make()
-    plan = Plan(300, 300)
+    plan = ResamplingPlan(300, 300)
     ensemble = bootstrap(Battery(predictions), plan)
     members = mean_of([bootstrap(Battery(predictions.only([m])), plan) for m in range(4)])
     difference = ensemble.minus(members).estimate("nll")
     assert difference.value == pytest.approx(ensemble.value["nll"] - members.value["nll"])
     assert difference.standard_error < 0.5 * ensemble.estimate("nll").standard_error
     with pytest.raises(EnsembleError, match="same resamples"):
-        ensemble.minus(bootstrap(Battery(predictions), Plan(300, 300, seed=1)))
+        ensemble.minus(bootstrap(Battery(predictions), ResamplingPlan(300, 300, seed=1)))
 
 
 def test_an_interval_that_bias_would_fake_is_not_given_as_bca():
@@ -136,7 +138,7 @@ def test_an_undefined_value_has_no_interval():
 )
 def test_a_bad_plan_is_refused(arguments, message):
     with pytest.raises(EnsembleError, match=message):
-        Plan(**arguments)
+        ResamplingPlan(**arguments)
 
 
 def test_conformal_threshold_is_the_conservative_quantile():

@@ -10,10 +10,11 @@ from scipy import special, stats
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.metrics import calibration, choices, disagreement, information
 from lm_eval_lora_ensemble.metrics import proper_scores as scores
-from lm_eval_lora_ensemble.metrics.battery import METRICS, Battery
+from lm_eval_lora_ensemble.metrics.battery import Battery
 from lm_eval_lora_ensemble.metrics.classwise import brier_decomposition, classwise_calibration_error
 from lm_eval_lora_ensemble.metrics.predictions import Predictions
 from lm_eval_lora_ensemble.metrics.ranking import auroc, average_precision, false_positive_rate_at
+from lm_eval_lora_ensemble.metrics.registry import METRICS
 from lm_eval_lora_ensemble.metrics.selection import accuracy_at_coverage, coverage_at_risk, risk_coverage
 
 

@@ -171,6 +171,31 @@ def test_the_class_other_is_recognised_by_its_nll(tmp_path, scores):
     assert np.allclose(predictions.mixture, p)
 
 
+def test_what_was_logged_is_read_and_not_guessed(tmp_path, scores):
+    """A target that misleads, no nll to try "other" by, and documents of different widths."""
+    lines = [
+        sample(d, s[:, : 3 + d % 2], 0, golds=[2], other_class=True, acc=None) for d, s in enumerate(scores)
+    ]
+    found = load_samples(write(tmp_path, "t", lines)).tasks["t"]
+    assert found.gold.tolist() == [2] * 6
+    assert found.counts.tolist() == [4, 5] * 3
+    for d, s in enumerate(scores):
+        width = 3 + d % 2
+        expected = with_other_class(s[:, :width]).mean(0)
+        assert np.allclose(found.mixture[d, : width + 1], expected)
+        assert (found.mixture[d, width + 1 :] == 0).all()
+
+
+def test_an_nll_of_the_tasks_own_is_not_held_against_the_scores(tmp_path, scores):
+    p = choice_probabilities(scores).mean(1)
+    ours = [-np.log(p[d, 1]) for d in range(6)]
+    lines = [
+        sample(d, s, 1, golds=[1], other_class=False, nll=7.0, ensemble_nll=ours[d])
+        for d, s in enumerate(scores)
+    ]
+    assert load_samples(write(tmp_path, "t", lines)).tasks["t"].gold.tolist() == [1] * 6
+
+
 def test_unconditional_scores_of_acc_mutual_info_are_left_out(tmp_path):
     line = sample(0, [[-1.0, -2.0, -3.0, -4.0]], 0, members=None)
     line["arguments"] |= {f"gen_args_{i}": {"arg_0": "", "arg_1": "x"} for i in (2, 3)}
@@ -227,6 +252,13 @@ def test_generation_tasks_are_skipped_with_a_reason(tmp_path, scores):
         ([sample(0, [[0, 0]], 0, members="x")], "not a table of numbers"),
         ([sample(0, [[-1, -2]], 0, nll=7.0)], "logged nll does not follow"),
         ([sample(0, [[0]], 0)], "1 choice"),
+        ([sample(0, [[0, 0]], 0, golds=[2])], r"line 1: .*golds \[2\] are not among its 2 choices"),
+        ([sample(0, [[0, 0]], 0, golds="x")], "line 1: not a sample of lm-eval"),
+        (
+            [sample(d, [[-1, -1]], 0, golds=[0], other_class=bool(d)) for d in range(2)],
+            "line 2: other_class is True, False before",
+        ),
+        ([sample(0, [[-1, -2]], 0, golds=[0], other_class=False, nll=7.0)], "logged nll does not follow"),
         ([{"members": [[0, 0]]}], "not a sample of lm-eval"),
     ],
 )

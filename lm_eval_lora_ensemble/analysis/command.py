@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_lora_ensemble.analysis.arguments import add_settings, settings_of
-from lm_eval_lora_ensemble.analysis.comparison import Comparison, compare_runs
-from lm_eval_lora_ensemble.analysis.evaluation import evaluate_uncertainty
+from lm_eval_lora_ensemble.analysis.comparison import Comparison, compare
+from lm_eval_lora_ensemble.analysis.evaluation import evaluate
 from lm_eval_lora_ensemble.analysis.result import TaskResult, UncertaintyResult, plain
 from lm_eval_lora_ensemble.analysis.runs import Run, load_runs, merge_runs
 from lm_eval_lora_ensemble.disk import write_json
 from lm_eval_lora_ensemble.errors import EnsembleError
-from lm_eval_lora_ensemble.metrics.battery import METRICS
 from lm_eval_lora_ensemble.metrics.bootstrap import Estimate
+from lm_eval_lora_ensemble.metrics.registry import METRICS
 
 _ARROWS = {"higher": "↑", "lower": "↓", "": ""}
 
@@ -58,13 +58,11 @@ def run(arguments: argparse.Namespace) -> int:
     _check_names(runs, [*arguments.ood, *([arguments.calibrate] if arguments.calibrate else [])])
     output: dict[str, Any] = {"runs": [], "comparisons": []}
     for one in runs:
-        result = evaluate_uncertainty(
-            one, ood=arguments.ood, calibrate=arguments.calibrate, settings=settings
-        )
+        result = evaluate(one, ood=arguments.ood, calibrate=arguments.calibrate, settings=settings)
         _print_result(result, one.names() if arguments.all else one.top_level())
         output["runs"].append(result.to_dict())
     for other in runs[1:]:
-        compared = compare_runs(other, runs[0], settings)
+        compared = compare(other, runs[0], settings)
         _print_comparison(other, runs[0], compared)
         output["comparisons"].append(
             {"run": other.source, "baseline": runs[0].source, "tasks": plain(compared)}

@@ -33,11 +33,17 @@ class Comparison:
     total_variation: Estimate
 
 
-def compare_runs(a: Run, b: Run, settings: Settings | None = None) -> dict[str, Comparison]:
+def compare(a: Run, b: Run, settings: Settings | None = None) -> dict[str, Comparison]:
     """Compare two runs on the tasks and groups both have.
 
     Raises:
         EnsembleError: no task in common, or a task with other documents in one run than in the other.
+
+    Example:
+        >>> from lm_eval_lora_ensemble import compare, load_runs
+        >>> (run,) = load_runs("results")
+        >>> float(compare(run, run)["both"].difference["nll"].value)
+        0.0
     """
     chosen = settings or Settings()
     names = [name for name in a.names() if name in b]

@@ -19,11 +19,11 @@ from lm_eval_lora_ensemble.analysis.runs import Run
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.metrics import conformal
 from lm_eval_lora_ensemble.metrics.arrays import FloatArray
-from lm_eval_lora_ensemble.metrics.battery import METRICS, Battery
+from lm_eval_lora_ensemble.metrics.battery import Battery
 from lm_eval_lora_ensemble.metrics.bootstrap import (
     Bootstrapped,
     Estimate,
-    Plan,
+    ResamplingPlan,
     bootstrap,
     interval,
     mean_of,
@@ -33,12 +33,13 @@ from lm_eval_lora_ensemble.metrics.detection import Detection, detect
 from lm_eval_lora_ensemble.metrics.ensemble_size import by_size
 from lm_eval_lora_ensemble.metrics.predictions import Predictions
 from lm_eval_lora_ensemble.metrics.recalibration import ORDERS, TemperatureScaling, recalibrate
+from lm_eval_lora_ensemble.metrics.registry import METRICS
 from lm_eval_lora_ensemble.metrics.selection import risk_coverage
 
 _CURVE_POINTS = 101
 
 
-def evaluate_uncertainty(
+def evaluate(
     run: Run,
     *,
     ood: Sequence[str] = (),
@@ -56,6 +57,16 @@ def evaluate_uncertainty(
     Raises:
         EnsembleError: a name that the run lacks, no in-domain task left, or unknown gold answers of a task
             that is not out-of-domain only.
+
+    Example:
+        >>> from lm_eval_lora_ensemble import evaluate, load_runs
+        >>> (run,) = load_runs("results")
+        >>> result = evaluate(run, ood=["varies_context"])
+        >>> nll = result.tasks["both"].metrics["nll"]
+        >>> round(nll.ensemble.value, 2), nll.difference.value < 0
+        (16.71, True)
+        >>> round(result.detection["both"]["varies_context"]["entropy"].auroc.value, 2)
+        0.98
     """
     chosen = settings or Settings()
     for name in (*ood, *([calibrate] if calibrate else [])):
@@ -208,7 +219,7 @@ def _macro_jackknife(metric: str, parts: Sequence[Bootstrapped], defined: np.nda
 
 def _conformal(predictions: Predictions, settings: Settings) -> list[ConformalResult]:
     calibration, test = conformal.split(predictions, 0.5, settings.seed)
-    plan = Plan(test.n_documents, settings.resamples, settings.seed, level=settings.level)
+    plan = ResamplingPlan(test.n_documents, settings.resamples, settings.seed, level=settings.level)
     results = []
     for method in conformal.METHODS:
         sets = conformal.conformal_sets(calibration, test, method, settings.alpha, seed=settings.seed)

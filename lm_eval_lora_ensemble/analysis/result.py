@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from lm_eval_lora_ensemble.metrics.battery import METRICS
-from lm_eval_lora_ensemble.metrics.bootstrap import Estimate, Plan
-from lm_eval_lora_ensemble.metrics.calibration import DEFAULT_BINS, ReliabilityRow
+from lm_eval_lora_ensemble.metrics.bootstrap import Estimate, ResamplingPlan
+from lm_eval_lora_ensemble.metrics.calibration import DEFAULT_BINS, ReliabilityBin
 from lm_eval_lora_ensemble.metrics.detection import Detection
-from lm_eval_lora_ensemble.metrics.ensemble_size import SizeRow
+from lm_eval_lora_ensemble.metrics.ensemble_size import SizeMetrics
 from lm_eval_lora_ensemble.metrics.predictions import Predictions
+from lm_eval_lora_ensemble.metrics.registry import METRICS
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Settings:
     level: float = 0.95
     alpha: float = 0.1
 
-    def plan(self, name: str, predictions: Predictions, *, resamples: int | None = None) -> Plan:
+    def plan(self, name: str, predictions: Predictions, *, resamples: int | None = None) -> ResamplingPlan:
         """Return how a task's documents, or a group's tasks, are resampled; names draw independently of each other."""
-        return Plan(
+        return ResamplingPlan(
             predictions.n_documents,
             resamples or self.resamples,
             self.seed + zlib.crc32(name.encode()),
@@ -92,7 +92,7 @@ class TaskResult:
         choices: fewest and most choices of a document.
         tasks: the tasks pooled; one for a plain task.
         clustered: whether whole tasks were resampled, as for groups.
-        metrics: by name, see :data:`~lm_eval_lora_ensemble.metrics.battery.METRICS`.
+        metrics: by name, see :data:`~lm_eval_lora_ensemble.metrics.registry.METRICS`.
         reliability: the reliability table of the ensemble.
         risk_coverage: (coverage, risk) pairs by 1 − max p̄, thinned to a hundred.
         conformal: sets by each method.
@@ -104,10 +104,10 @@ class TaskResult:
     tasks: tuple[str, ...]
     clustered: bool
     metrics: dict[str, MetricResult]
-    reliability: list[ReliabilityRow]
+    reliability: list[ReliabilityBin]
     risk_coverage: list[tuple[float, float]]
     conformal: list[ConformalResult]
-    by_size: list[SizeRow]
+    by_size: list[SizeMetrics]
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class RecalibrationResult:
 
 @dataclass(frozen=True)
 class UncertaintyResult:
-    """What :func:`evaluate_uncertainty` found.
+    """What :func:`evaluate` found.
 
     Attributes:
         source: where the samples came from.
@@ -157,7 +157,7 @@ class UncertaintyResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; NaN becomes null, infinities the strings "inf" and "-inf"."""
-        return {"metrics": {n: dataclasses.asdict(m) for n, m in METRICS.items()}, **plain(self)}
+        return {"metrics": {name: metric.meaning for name, metric in METRICS.items()}, **plain(self)}
 
 
 def plain(value: Any) -> Any:

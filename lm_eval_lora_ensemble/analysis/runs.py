@@ -181,7 +181,16 @@ def load_samples(path: Path | str) -> Run:
 
 
 def load_runs(path: Path | str) -> list[Run]:
-    """Read every run below ``path``, oldest first; arguments and errors as :func:`load_samples`."""
+    """Read every run below ``path``, oldest first; arguments and errors as :func:`load_samples`.
+
+    Example:
+        >>> from lm_eval_lora_ensemble import load_runs
+        >>> for run in load_runs("results"):
+        ...     print(run.n_members, "members on", ", ".join(run.top_level()))
+        2 members on both, varies_context
+        >>> run.predictions("both").mixture.shape
+        (30, 4)
+    """
     place = Path(path)
     if place.is_dir():
         every = sorted(place.rglob("samples_*.jsonl"))

@@ -21,7 +21,7 @@ from lm_eval_lora_ensemble.figures.style import (
 from lm_eval_lora_ensemble.figures.text import documents, percent
 from lm_eval_lora_ensemble.metrics.calibration import (
     DEFAULT_BINS,
-    ReliabilityRow,
+    ReliabilityBin,
     bin_edges,
     expected_calibration_error,
     reliability_table,
@@ -77,7 +77,7 @@ def plot_reliability(
     return ax
 
 
-def _bin_points(rows: list[ReliabilityRow], level: float, ax: Axes) -> None:
+def _bin_points(rows: list[ReliabilityBin], level: float, ax: Axes) -> None:
     x, y = np.array([row.confidence for row in rows]), np.array([row.accuracy for row in rows])
     below = np.maximum(y - [row.accuracy_low for row in rows], 0)  # rounding leaves −1e-17
     above = np.maximum([row.accuracy_high for row in rows] - y, 0)
@@ -94,7 +94,7 @@ def _bin_points(rows: list[ReliabilityRow], level: float, ax: Axes) -> None:
     )
 
 
-def _bin_counts(table: list[ReliabilityRow], ax: Axes) -> None:
+def _bin_counts(table: list[ReliabilityBin], ax: Axes) -> None:
     """Write each bin's number of documents into a strip below 0."""
     ticks = [0.0, 0.2, 0.4, 0.6, 0.8, 1]
     if len(table) > _NUMBERED_BINS:

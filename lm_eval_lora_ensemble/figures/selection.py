@@ -22,7 +22,7 @@ from lm_eval_lora_ensemble.figures.style import (
 )
 from lm_eval_lora_ensemble.figures.text import documents, percent
 from lm_eval_lora_ensemble.metrics.arrays import BoolArray, FloatArray
-from lm_eval_lora_ensemble.metrics.bootstrap import Plan
+from lm_eval_lora_ensemble.metrics.bootstrap import ResamplingPlan
 from lm_eval_lora_ensemble.metrics.predictions import Predictions
 from lm_eval_lora_ensemble.metrics.ranking import Ranking
 from lm_eval_lora_ensemble.metrics.selection import RiskCoverage, risk_coverage
@@ -121,7 +121,9 @@ def _band(
     """Return the lower and upper limit of the risk at each coverage."""
     error: BoolArray = ~predictions.correct
     ranking = Ranking(1 - predictions.confidence, error)
-    plan = Plan(predictions.n_documents, resamples, seed, clusters=predictions.clusters, level=level)
+    plan = ResamplingPlan(
+        predictions.n_documents, resamples, seed, clusters=predictions.clusters, level=level
+    )
     risks = []
     for weights in plan.draws():
         runs = ranking.runs(weights)

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.figures.style import BLUE, GREY, axes_or_new, caption, styled
 from lm_eval_lora_ensemble.figures.text import metric_label
-from lm_eval_lora_ensemble.metrics.ensemble_size import SizeRow
+from lm_eval_lora_ensemble.metrics.ensemble_size import SizeMetrics
 
 _TICKS = 10
 """Most sizes that are labelled; of more, every second, third, … is."""
@@ -18,13 +18,13 @@ _TICKS = 10
 
 @styled
 def plot_by_size(
-    rows: Sequence[SizeRow], *, metric: str, title: str | None = None, ax: Axes | None = None
+    rows: Sequence[SizeMetrics], *, metric: str, title: str | None = None, ax: Axes | None = None
 ) -> Axes:
     """Draw a metric's mean and standard deviation over ensembles of k = 1 … N members.
 
     Args:
         rows: from :func:`~lm_eval_lora_ensemble.metrics.ensemble_size.by_size`.
-        metric: one of :data:`~lm_eval_lora_ensemble.metrics.battery.METRICS`.
+        metric: one of :data:`~lm_eval_lora_ensemble.metrics.registry.METRICS`.
         title: of the figure.
         ax: where to draw; a new figure if left out.
 
@@ -48,7 +48,7 @@ def plot_by_size(
     return ax
 
 
-def _note(rows: Sequence[SizeRow]) -> str:
+def _note(rows: Sequence[SizeMetrics]) -> str:
     most = rows[-1].members
     if most == 1:
         return "one member: there is no larger ensemble to measure"

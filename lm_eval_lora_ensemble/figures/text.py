@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from lm_eval_lora_ensemble.errors import EnsembleError, one_line
-from lm_eval_lora_ensemble.metrics.battery import METRICS
+from lm_eval_lora_ensemble.metrics.registry import METRICS
 
 ENTROPY_LABELS = {
     "predictive_entropy": "predictive entropy H (nats)",

@@ -14,6 +14,7 @@ WANTED = f"lm-eval>={OLDEST},<{TOO_NEW}"
 
 NEEDED: dict[str, tuple[str, ...]] = {
     "lm_eval.api.group": ("Group.aggregate",),
+    "lm_eval.evaluator_utils": ("_collect_results",),
     "lm_eval.api.metrics": ("mean",),
     "lm_eval.api.registry": ("model_registry",),
     "lm_eval.api.task": (

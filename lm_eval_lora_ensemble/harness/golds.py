@@ -11,7 +11,8 @@ def gold_indices(task: Any, doc: Any, choices: Sequence[str]) -> tuple[int, ...]
 
     The derivation is that of ``ConfigurableTask.process_results``: the gold is what ``doc_to_target`` says, or
     ``doc_to_text`` where the context varies with the choice; a text counts as the choice it equals, a list as
-    several right choices. lm-eval lets an index outside the choices pass and calls every answer wrong.
+    several right choices, of which those outside the choices are passed over. A single gold outside them lm-eval lets
+    pass too and calls every answer wrong; here it is an error.
 
     Args:
         task: an lm-eval ``ConfigurableTask`` of multiple choice that scores documents in the stock way.
@@ -25,8 +26,9 @@ def gold_indices(task: Any, doc: Any, choices: Sequence[str]) -> tuple[int, ...]
     if isinstance(gold, str):
         golds = [choices.index(gold)] if gold in choices else []
     else:
-        golds = list(gold) if isinstance(gold, (list, tuple)) else [gold]
-    # `in range` compares numbers of any type, and takes None or a text for what they are: no index
-    if not golds or any(index not in range(len(choices)) for index in golds):
+        given = list(gold) if isinstance(gold, (list, tuple)) else [gold]
+        # `in range` compares numbers of any type, and takes None or a text for what they are: no index
+        golds = [index for index in given if index in range(len(choices))]
+    if not golds:
         raise LookupError(f"the gold {gold!r} is none of its {len(choices)} choices")
-    return tuple(int(index) for index in golds)
+    return tuple(sorted({int(index) for index in golds}))

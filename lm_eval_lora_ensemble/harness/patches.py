@@ -1,4 +1,4 @@
-"""Every method of lm-eval that is replaced, and nothing else: what the replacements do is handed in.
+"""Every method and function of lm-eval that is replaced, and nothing else: what the replacements do is handed in.
 
 Each is replaced once, which a mark of our own on its class remembers, whoever wraps the method before or after. For
 results that carry no members' scores, and for models that are no ensemble, each does what it did.
@@ -8,6 +8,7 @@ results that carry no members' scores, and for models that are no ensemble, each
 | ``TaskManager.__init__`` | lm-eval 0.4.13 has no plugin mechanism for tasks |
 | ``ConfigurableTask.process_results``, ``.aggregation``, ``.higher_is_better`` | stock tasks report uncertainty |
 | ``Group.aggregate`` | calibration in groups is pooled over documents |
+| ``evaluator_utils._collect_results`` | pooled metrics see all documents; what is for samples alone gets no row |
 | ``EvaluationTracker.save_results_aggregated``, ``.save_results_samples`` | a run's files appear all together |
 
 Importing this module imports nothing of lm-eval: the start-up file needs the first one alone.
@@ -18,12 +19,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 _MARK = "_lora_ensemble_replaced"
 
 
-def _replace(owner: type, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+def _replace(
+    owner: type | ModuleType, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> None:
     """Replace ``owner.name`` by what ``make`` makes of it, unless that was done before."""
     replaced: set[str] = vars(owner).get(_MARK, set())
     if name in replaced:
@@ -89,6 +93,21 @@ def extend_group_rows(
     from lm_eval.api.group import Group
 
     _replace(Group, "aggregate", lambda stock: lambda self, task_metrics: extend(stock, self, task_metrics))
+
+
+def before_aggregation(prepare: Callable[[Any, dict[Any, list[Any]]], None]) -> None:
+    """Let ``prepare`` (task, its metrics' items of all documents and ranks) change what lm-eval will aggregate."""
+    from lm_eval import evaluator_utils
+
+    def make(stock: Callable[..., Any]) -> Callable[..., Any]:
+        def collect_results(accumulated: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            for of_task in accumulated.values():
+                prepare(of_task["task"], of_task["raw_metrics"])
+            return stock(accumulated, *args, **kwargs)
+
+        return collect_results
+
+    _replace(evaluator_utils, "_collect_results", make)
 
 
 def save_by(

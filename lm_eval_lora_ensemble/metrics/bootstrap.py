@@ -76,7 +76,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ResamplingPlan:
     """How documents are resampled; two metrics under equal plans are paired.
 
     Attributes:
@@ -167,7 +167,7 @@ class Bootstrapped:
         jackknife: (G,) by metric name.
     """
 
-    plan: Plan
+    plan: ResamplingPlan
     value: dict[str, float]
     resampled: dict[str, FloatArray]
     jackknife: dict[str, FloatArray]
@@ -193,7 +193,7 @@ class Bootstrapped:
         )
 
 
-def _same_plan(a: Plan, b: Plan) -> bool:
+def _same_plan(a: ResamplingPlan, b: ResamplingPlan) -> bool:
     return (a.seed, a.resamples, a.documents) == (b.seed, b.resamples, b.documents) and np.array_equal(
         a.units, b.units
     )
@@ -212,7 +212,7 @@ def mean_of(parts: Sequence[Bootstrapped]) -> Bootstrapped:
     )
 
 
-def bootstrap(statistics: Statistics, plan: Plan) -> Bootstrapped:
+def bootstrap(statistics: Statistics, plan: ResamplingPlan) -> Bootstrapped:
     """Evaluate ``statistics`` on the documents as they are and on every resample of ``plan``."""
     value = {name: float(v[0]) for name, v in statistics(np.ones((1, plan.documents))).items()}
     # The products are too small for BLAS to gain from threads, and on a busy machine its threads spin while

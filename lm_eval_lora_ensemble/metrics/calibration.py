@@ -171,7 +171,7 @@ def rms_calibration_error(
 
 
 @dataclass(frozen=True)
-class ReliabilityRow:
+class ReliabilityBin:
     """One bin of a reliability diagram; ``confidence``, ``accuracy`` and the interval are NaN if n = 0."""
 
     lower: float
@@ -190,7 +190,7 @@ def reliability_table(
     *,
     binning: Binning = "width",
     level: float = 0.95,
-) -> list[ReliabilityRow]:
+) -> list[ReliabilityBin]:
     """Return what a reliability diagram shows, bin by bin (DeGroot & Fienberg 1983).
 
     The interval is Wilson's (1927) for the bin's accuracy: it stays inside [0, 1] and does not collapse when
@@ -226,7 +226,7 @@ def reliability_table(
             reach = z / (1 + z * z / n) * np.sqrt(accuracy * (1 - accuracy) / n + z * z / (4 * n * n))
             low, high = max(0.0, float(centre - reach)), min(1.0, float(centre + reach))
         edges = float(binned.edges[b]), float(binned.edges[b + 1])
-        rows.append(ReliabilityRow(*edges, int(n), mean, accuracy, low, high))
+        rows.append(ReliabilityBin(*edges, int(n), mean, accuracy, low, high))
     return rows
 
 

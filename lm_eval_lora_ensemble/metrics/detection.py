@@ -13,7 +13,7 @@ import numpy as np
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.metrics.arrays import FloatArray
 from lm_eval_lora_ensemble.metrics.battery import uncertainty_scores
-from lm_eval_lora_ensemble.metrics.bootstrap import Bootstrapped, Estimate, Plan, bootstrap
+from lm_eval_lora_ensemble.metrics.bootstrap import Bootstrapped, Estimate, ResamplingPlan, bootstrap
 from lm_eval_lora_ensemble.metrics.predictions import Predictions
 from lm_eval_lora_ensemble.metrics.ranking import Ranking
 
@@ -93,7 +93,7 @@ def detect(
         )
     sizes = [in_domain.n_documents, out_of_domain.n_documents]
     statistics = DetectionStatistics(in_domain, out_of_domain)
-    plan = Plan(sum(sizes), resamples, seed, strata=np.repeat([0, 1], sizes), level=level)
+    plan = ResamplingPlan(sum(sizes), resamples, seed, strata=np.repeat([0, 1], sizes), level=level)
     drawn: Bootstrapped = bootstrap(statistics, plan)
     return {
         score: Detection(*(drawn.estimate(f"{score}/{kind}") for kind in ("auroc", "aupr", "fpr95")))

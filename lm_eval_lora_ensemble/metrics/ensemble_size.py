@@ -10,13 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from lm_eval_lora_ensemble.errors import EnsembleError
-from lm_eval_lora_ensemble.metrics.battery import METRICS, Battery
+from lm_eval_lora_ensemble.metrics.battery import Battery
 from lm_eval_lora_ensemble.metrics.calibration import DEFAULT_BINS
 from lm_eval_lora_ensemble.metrics.predictions import Predictions
+from lm_eval_lora_ensemble.metrics.registry import METRICS
 
 
 @dataclass(frozen=True)
-class SizeRow:
+class SizeMetrics:
     """Every metric of ensembles of k members.
 
     Attributes:
@@ -52,7 +53,7 @@ def by_size(
     max_subsets: int = 32,
     seed: int = 0,
     metrics: Collection[str] = METRICS,
-) -> list[SizeRow]:
+) -> list[SizeMetrics]:
     """Measure ensembles of k = 1 … N members.
 
     Args:
@@ -80,7 +81,7 @@ def by_size(
         with np.errstate(invalid="ignore"):  # an infinite nll has no spread
             spread = {name: float(v.std(ddof=1)) if len(v) > 1 else float("nan") for name, v in table.items()}
         rows.append(
-            SizeRow(
+            SizeMetrics(
                 members=k,
                 subsets=len(chosen),
                 exhaustive=len(chosen) == math.comb(n, k),

@@ -97,7 +97,7 @@ class Predictions:
             documents: (D,) identifiers; 0 to D − 1 if left out.
             other_class: add the class "other" = 1 − Σ p(letters) instead of normalising, for single-token
                 choices (see :func:`~lm_eval_lora_ensemble.metrics.choices.with_other_class`). It is
-                the document's last choice; all documents must then have C letters.
+                the document's last choice.
             missing_gold: why ``gold`` is None, for the error of metrics that need it.
 
         Raises:
@@ -111,10 +111,11 @@ class Predictions:
         _, d, c = scores.shape
         sizes = np.full(d, c, dtype=np.int64) if counts is None else np.asarray(counts, dtype=np.int64)
         if other_class:
-            if (sizes != c).any():
-                raise EnsembleError("the class 'other' needs the same number of choices in every document")
+            p = with_other_class(scores)
+            other, p[..., -1] = p[..., -1].copy(), 0.0
+            p[:, np.arange(d), sizes] = other  # after the document's own letters, before the padding
             with np.errstate(divide="ignore"):
-                log_p = np.log(with_other_class(scores))
+                log_p = np.log(p)
             sizes = sizes + 1
         else:
             log_p = log_choice_probabilities(scores)

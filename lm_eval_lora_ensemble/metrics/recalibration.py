@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Literal, get_args
 
 import numpy as np
 from scipy import optimize, special
@@ -22,14 +22,6 @@ ORDERS: tuple[Order, ...] = get_args(Order)
 
 TEMPERATURE_RANGE = (0.01, 100.0)
 """Where a temperature is sought: beyond it answers are certain, or chance, to all practical purposes."""
-
-
-class Scaling(Protocol):
-    """A fitted map from log-probabilities to log-probabilities."""
-
-    def __call__(self, log_p: FloatArray) -> FloatArray:
-        """Map (..., C) to (..., C), normalised."""
-        ...
 
 
 @dataclass(frozen=True)

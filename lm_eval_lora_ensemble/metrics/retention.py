@@ -18,7 +18,7 @@ MEASURES = ("kept", "lost", "gained", "agreement", "total_variation", "kl_to_pri
 
 
 def retention(prior: Predictions, later: Predictions) -> Statistics:
-    """Return :data:`MEASURES` as a function of document weights, for :func:`.intervals.bootstrap`.
+    """Return :data:`MEASURES` as a function of document weights, for :func:`.bootstrap.bootstrap`.
 
     * ``kept``: of the documents the prior got right, the share that is still right, in [0, 1].
     * ``lost``: ``1 − kept``.

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from lm_eval_lora_ensemble.analysis.samples import arguments_of, iter_samples
+from lm_eval_lora_ensemble.analysis.foreign_samples import arguments_of
+from lm_eval_lora_ensemble.analysis.samples import iter_samples
 from lm_eval_lora_ensemble.metrics.information import mutual_information, predictive_entropy
 from lm_eval_lora_ensemble.metrics.predictions import Predictions
 from lm_eval_lora_ensemble.report.entries import Entry

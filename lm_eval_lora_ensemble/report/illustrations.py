@@ -16,7 +16,7 @@ from lm_eval_lora_ensemble import figures
 from lm_eval_lora_ensemble.analysis.result import Settings
 from lm_eval_lora_ensemble.metrics.bootstrap import Estimate
 from lm_eval_lora_ensemble.metrics.detection import Detection
-from lm_eval_lora_ensemble.metrics.ensemble_size import SizeRow, by_size
+from lm_eval_lora_ensemble.metrics.ensemble_size import SizeMetrics, by_size
 from lm_eval_lora_ensemble.metrics.predictions import Predictions
 from lm_eval_lora_ensemble.report.entries import Entry, is_last_epoch
 from lm_eval_lora_ensemble.report.series import Between, EpochPoint, Series
@@ -113,7 +113,7 @@ def _of_task(index: int, entry: Entry, task: str, settings: Settings) -> Iterato
     )
 
 
-def _size_panel(rows: Sequence[SizeRow], metric: str, ax: Axes) -> object:
+def _size_panel(rows: Sequence[SizeMetrics], metric: str, ax: Axes) -> object:
     return figures.plot_by_size(rows, metric=metric, ax=ax)
 
 

@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from lm_eval_lora_ensemble.analysis.evaluation import macro_mean
 from lm_eval_lora_ensemble.analysis.result import Settings
-from lm_eval_lora_ensemble.metrics.battery import METRICS, Battery
-from lm_eval_lora_ensemble.metrics.bootstrap import Bootstrapped, Estimate, Plan, bootstrap, mean_of
+from lm_eval_lora_ensemble.metrics.battery import Battery
+from lm_eval_lora_ensemble.metrics.bootstrap import Bootstrapped, Estimate, ResamplingPlan, bootstrap, mean_of
 from lm_eval_lora_ensemble.metrics.predictions import Predictions, same_documents
+from lm_eval_lora_ensemble.metrics.registry import METRICS
 from lm_eval_lora_ensemble.report.entries import Entry
 
-COLUMNS: dict[str, str] = {
-    "accuracy": "acc",
-    "nll": "nll",
-    "brier_score": "brier",
-    "ece": "ece",
-    "predictive_entropy": "entropy",
-    "mutual_information": "MI",
-    "aurc_max_probability": "AURC",
-    "error_auroc_max_probability": "AUROC of errors",
-}
-"""The leaderboard's metrics, in the battery's names, and the heads of their columns."""
+
+class _Columns(Mapping[str, str]):
+    """Reads the registry each time, so that a metric registered later has its column too."""
+
+    def __getitem__(self, name: str) -> str:
+        return {metric.name: metric.column for metric in METRICS.values() if metric.column}[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (metric.name for metric in METRICS.values() if metric.column)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+COLUMNS: Mapping[str, str] = _Columns()
+"""The leaderboard's metrics, as the registry has them, and the heads of their columns."""
 
 KINDS = ("ensemble", "model", "macro", "mean member", "best member")
 """The rows of a run, in the order they are shown."""
@@ -202,7 +208,7 @@ def _gains(entries: Sequence[Entry], name: str, rows: Sequence[_Drawn]) -> dict[
     return found
 
 
-def report_plan(name: str, predictions: Predictions, settings: Settings) -> Plan:
+def report_plan(name: str, predictions: Predictions, settings: Settings) -> ResamplingPlan:
     """Return how a report resamples a task: as the battery does, less often where documents are very many."""
     n = resamples_for(predictions.n_documents, settings.resamples)
     return settings.plan(name, predictions, resamples=n)

@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_lora_ensemble.metrics.battery import METRICS
+from lm_eval_lora_ensemble.metrics.registry import METRICS
 from lm_eval_lora_ensemble.report.documents import REASONS, Document
 from lm_eval_lora_ensemble.report.entries import short_name
 from lm_eval_lora_ensemble.report.leaderboard import COLUMNS, KINDS, Board, Cell, Row, display

@@ -11,7 +11,7 @@ from lm_eval_lora_ensemble.metrics.battery import Battery
 from lm_eval_lora_ensemble.metrics.bootstrap import (
     Bootstrapped,
     Estimate,
-    Plan,
+    ResamplingPlan,
     Statistics,
     bootstrap,
     mean_of,
@@ -116,7 +116,9 @@ def _series(label: str, task: str, by_epoch: Mapping[int, Predictions], settings
     )
 
 
-def _point(epoch: int, later: Predictions, prior: Predictions | None, plan: Plan, bins: int) -> EpochPoint:
+def _point(
+    epoch: int, later: Predictions, prior: Predictions | None, plan: ResamplingPlan, bins: int
+) -> EpochPoint:
     def metrics(of: Predictions) -> Statistics:
         return Battery(of, bins, METRICS_BY_EPOCH)
 
@@ -132,7 +134,7 @@ def _point(epoch: int, later: Predictions, prior: Predictions | None, plan: Plan
 
 
 def _both(
-    predictions: Predictions, plan: Plan, statistics: Callable[[Predictions], Statistics]
+    predictions: Predictions, plan: ResamplingPlan, statistics: Callable[[Predictions], Statistics]
 ) -> tuple[Bootstrapped, Bootstrapped]:
     """Return the ensemble's resamples and the mean member's."""
     whole = bootstrap(statistics(predictions), plan)

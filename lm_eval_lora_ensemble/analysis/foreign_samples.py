@@ -1,0 +1,132 @@
+"""Samples that do not say what was known when they were written: other models' runs, and older files.
+
+Their gold answer and the class "other" are inferred from what lm-eval logs, and only as far as one answer is possible.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from lm_eval_lora_ensemble.errors import EnsembleError
+from lm_eval_lora_ensemble.metrics.arrays import BoolArray, FloatArray
+from lm_eval_lora_ensemble.metrics.predictions import Predictions
+
+_NLL_TOLERANCE = 1e-6
+
+
+def arguments_of(sample: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the requests' arguments in order of the choices."""
+    arguments = sample.get("arguments")
+    if not isinstance(arguments, Mapping):
+        return []
+    return [arguments[key] for key in sorted(arguments, key=lambda k: int(k.rsplit("_", 1)[-1]))]
+
+
+def single_model_scores(sample: Mapping[str, Any]) -> list[float] | None:
+    """Return a plain model's loglikelihoods, which lm-eval writes as pairs of strings."""
+    responses = sample.get("filtered_resps")
+    try:
+        pairs = [(float(value), greedy) for value, greedy in responses]  # type: ignore[union-attr]
+    except (TypeError, ValueError):
+        return None
+    if not all(str(greedy) in ("True", "False") for _, greedy in pairs):
+        return None
+    values = [value for value, _ in pairs]
+    half = len(values) // 2
+    contexts = [argument.get("arg_0") for argument in arguments_of(sample)]
+    # The metric acc_mutual_info scores every choice a second time, without its question.
+    if (
+        len(contexts) == len(values) == 2 * half
+        and "" not in contexts[:half]
+        and set(contexts[half:]) == {""}
+    ):
+        return values[:half]
+    return values
+
+
+def inferred_gold(sample: Mapping[str, Any], scores: FloatArray) -> tuple[int, str]:
+    """Return the gold choice's index, or −1 and why it is unknown.
+
+    ``target`` is what the task's doc_to_target gave, as a string: an index, or a choice's text. Where the
+    contexts vary and the continuation does not, it is neither; then the logged scores have to tell.
+    """
+    target, c = str(sample.get("target", "")).strip(), scores.shape[1]
+    texts = [str(argument.get("arg_1", "")).strip() for argument in arguments_of(sample)][:c]
+    if target.startswith("["):
+        try:
+            listed = ast.literal_eval(target)
+        except (ValueError, SyntaxError):
+            listed = None
+        if isinstance(listed, list) and len(listed) != 1:
+            return -1, several_golds(len(listed))
+        target = str(listed[0]) if isinstance(listed, list) else target
+    gold = -1
+    if re.fullmatch(r"\d+", target) and int(target) < c:
+        gold = int(target)
+    elif texts.count(target) == 1:
+        gold = texts.index(target)
+    elif len(set(texts)) < len(texts):
+        gold = _gold_from_scores(sample, scores)
+    if gold < 0:
+        return -1, f"target {target[:40]!r} is neither an index nor one of the {c} choices"
+    acc = sample.get("acc")
+    chosen = _chosen(sample, c) if acc in (0, 1) else -1
+    if chosen >= 0 and (chosen == gold) != bool(acc):
+        return -1, f"target says choice {gold} is right, acc says otherwise; the task has its own scoring"
+    return gold, ""
+
+
+def several_golds(count: int) -> str:
+    """Say why a document with several right answers has no gold index."""
+    return f"{count} gold answers; these metrics are defined for one"
+
+
+def _chosen(sample: Mapping[str, Any], c: int) -> int:
+    """Return the choice that lm-eval's acc looked at, or −1."""
+    values = single_model_scores(sample)
+    return int(np.argmax(values)) if values is not None and len(values) == c else -1
+
+
+def _gold_from_scores(sample: Mapping[str, Any], scores: FloatArray) -> int:
+    """Find the only choice that the logged nll or acc allow, or −1."""
+    c = scores.shape[1]
+    if sample.get("nll") is not None:
+        losses = -Predictions.from_scores(scores[:, None, :], None).log_mixture[0]
+        matches = np.flatnonzero(np.abs(losses - float(sample["nll"])) <= _NLL_TOLERANCE)
+        return int(matches[0]) if len(matches) == 1 else -1
+    chosen = _chosen(sample, c)
+    if chosen >= 0 and sample.get("acc") == 1:
+        return chosen
+    return 1 - chosen if chosen >= 0 and c == 2 and sample.get("acc") == 0 else -1
+
+
+def with_inferred_other(build: Callable[[bool], Predictions], logged: FloatArray) -> Predictions:
+    """Return the predictions without the class "other", or with it where the logged nll follows only then.
+
+    Args:
+        build: makes them with "other" or without.
+        logged: (D,) nll as logged, NaN where it was not.
+    """
+    plain = build(False)
+    if not differs_from_logged(plain, logged).any():
+        return plain
+    try:
+        other = build(True)
+    except EnsembleError:
+        return plain
+    return plain if differs_from_logged(other, logged).any() else other
+
+
+def differs_from_logged(predictions: Predictions, logged: FloatArray) -> BoolArray:
+    """Return (D,): where the logged nll (NaN: there is none) is not that of the predictions."""
+    if predictions.gold is None:
+        return np.zeros(len(logged), dtype=np.bool_)
+    nll = -predictions.log_mixture[np.arange(len(logged)), predictions.gold]
+    # within rounding of the sums, relatively for answers that were thought all but impossible
+    same = np.isclose(nll, logged, rtol=_NLL_TOLERANCE, atol=_NLL_TOLERANCE)
+    return ~(same | np.isnan(logged))

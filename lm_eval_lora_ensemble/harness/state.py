@@ -1,0 +1,61 @@
+"""What a task of lm-eval remembers of its run so that it, and its groups, can aggregate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from lm_eval_lora_ensemble.errors import EnsembleError, nearest
+from lm_eval_lora_ensemble.metrics.calibration import DEFAULT_BINS
+from lm_eval_lora_ensemble.metrics.registry import METRICS
+
+
+class ScoredDocument(NamedTuple):
+    """A document as a metric of all documents needs it.
+
+    Attributes:
+        members: (N, C) loglikelihoods, nats.
+        golds: indices of its right choices; empty where they are not known.
+    """
+
+    members: Sequence[Sequence[float]]
+    golds: Sequence[int]
+
+
+@dataclass
+class UncertaintyState:
+    """A task's settings, and what it reported.
+
+    Attributes:
+        bins: number of equal-width bins of the calibration metrics.
+        other_class: add the paper's class "other" to single-letter choices.
+        metrics: further metrics of the registry to put into lm-eval's table.
+        reported: by the name in lm-eval's table, the registry's name; empty until the task reports any.
+        documents: all of them, once lm-eval aggregates.
+    """
+
+    bins: int = DEFAULT_BINS
+    other_class: bool = False
+    metrics: Sequence[str] = ()
+    reported: dict[str, str] = field(default_factory=dict, init=False)
+    documents: Sequence[ScoredDocument] = field(default=(), init=False)
+
+    def __post_init__(self) -> None:
+        for name in self.metrics:
+            if name not in METRICS:
+                near = nearest(name, METRICS, cutoff=0.0)
+                raise EnsembleError(f"uncertainty has no metric {name!r}; the nearest is {near!r}")
+
+
+def state_of(task: Any) -> UncertaintyState:
+    """Return a task's state, made now if it is a stock task that reports for the first time."""
+    if "_uncertainty" not in vars(task):
+        task._uncertainty = UncertaintyState()
+    state: UncertaintyState = task._uncertainty
+    return state
+
+
+def has_reported(task: Any) -> bool:
+    """Whether the task has reported any of our metrics in this run."""
+    return "_uncertainty" in vars(task) and bool(state_of(task).reported)
