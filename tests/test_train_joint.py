@@ -1,5 +1,6 @@
 """The joint step: every member is what it would be alone, and what PEFT would make of it."""
 
+import sys
 import warnings
 
 import pytest
@@ -216,10 +217,11 @@ def test_unknown_target_modules_are_refused_with_the_known_ones(folder):
         make_trainer(make_recipe(folder, target_modules=["query"]))
 
 
-def test_an_unloadable_base_is_refused(folder, tmp_path):
+def test_an_unloadable_base_is_refused(folder, tmp_path, monkeypatch):
     with pytest.raises(EnsembleError, match=r"base_model .* cannot be loaded"):
         base.load(make_recipe(folder, base_model=str(tmp_path)), base.pick_device("cpu"))
     with pytest.raises(EnsembleError, match="device 'warp' is unknown to torch"):
         base.pick_device("warp")
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as where it is not installed
     with pytest.raises(EnsembleError, match="quantization=4bit needs bitsandbytes"):
         base.load(make_recipe(folder, quantization="4bit"), base.pick_device("cpu"))
