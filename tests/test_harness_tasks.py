@@ -233,7 +233,9 @@ def test_the_gold_is_read_and_not_guessed(one_process, output, tmp_path):
         line["target"] = "0"
     (tmp_path / path.name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     (run,) = load_runs(tmp_path)
-    assert run.predictions("varies_context").gold.tolist() == [line["doc"]["gold"] for line in lines]
+    assert run.predictions("varies_context").is_gold.argmax(1).tolist() == [
+        line["doc"]["gold"] for line in lines
+    ]
     assert {line["doc"]["gold"] for line in lines} == {0, 1}
 
 

@@ -167,7 +167,7 @@ def test_conformal_scores_are_the_definition_in_a_loop():
                         rows[d, c] = before.sum() + u[d, 0] * p[c]
                         rows[d, c] += 0.1 * max(0, len(before) + 1 - 1) if method == "raps" else 0
             scores.append(rows)
-        threshold = conformal_threshold(scores[0][np.arange(30), calibration.gold], 0.1)
+        threshold = conformal_threshold(scores[0][np.arange(30), calibration.is_gold.argmax(1)], 0.1)
         assert found.threshold == pytest.approx(threshold)
         assert (found.sets == (scores[1] <= threshold + 1e-12)).mean() > 0.99
         assert found.mean_size == found.sets.sum(1).mean()
@@ -202,7 +202,7 @@ def test_detection_is_sklearns_and_higher_means_out():
 
 def test_the_temperature_is_a_general_optimisers():
     predictions = make(n=1)
-    log_p, gold = predictions.log_mixture * 2.5, predictions.gold
+    log_p, gold = predictions.log_mixture * 2.5, predictions.is_gold.argmax(1)
     found = fit_temperature(log_p, gold)
 
     def loss(inverse):

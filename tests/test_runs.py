@@ -65,7 +65,7 @@ def test_member_scores_become_predictions(tmp_path, scores):
     run = load_samples(path)
     predictions = run.tasks["arc_easy"]
     assert np.allclose(predictions.probabilities, choice_probabilities(scores.transpose(1, 0, 2)))
-    assert predictions.gold.tolist() == [0, 1, 2, 3, 0, 1]
+    assert predictions.is_gold.argmax(1).tolist() == [0, 1, 2, 3, 0, 1]
     assert set(predictions.subjects) == {"arc_easy"}
 
 
@@ -94,7 +94,7 @@ def test_files_of_earlier_and_later_releases_are_read(tmp_path, scores):
 def test_documents_of_several_ranks_are_put_in_order(tmp_path, scores):
     order = [0, 2, 4, 1, 3, 5]
     path = write(tmp_path, "t", [sample(d, scores[d], d % 4) for d in order])
-    assert load_samples(path).tasks["t"].gold.tolist() == [0, 1, 2, 3, 0, 1]
+    assert load_samples(path).tasks["t"].is_gold.argmax(1).tolist() == [0, 1, 2, 3, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -126,20 +126,34 @@ def test_ragged_documents_are_padded(tmp_path, scores):
 
 def test_gold_may_be_a_choices_text(tmp_path, scores):
     lines = [sample(d, s, "C") for d, s in enumerate(scores)]
-    assert set(load_samples(write(tmp_path, "t", lines)).tasks["t"].gold) == {2}
+    assert set(load_samples(write(tmp_path, "t", lines)).tasks["t"].is_gold.argmax(1)) == {2}
 
 
 def test_gold_of_a_context_varying_task_comes_from_the_scores(tmp_path, scores):
     same = ["the rest"] * 4
     p = choice_probabilities(scores).mean(1)
     lines = [sample(d, s, "the rest", same, nll=-np.log(p[d, d % 4])) for d, s in enumerate(scores)]
-    assert load_samples(write(tmp_path / "a", "w", lines)).tasks["w"].gold.tolist() == [0, 1, 2, 3, 0, 1]
+    assert load_samples(write(tmp_path / "a", "w", lines)).tasks["w"].is_gold.argmax(1).tolist() == [
+        0,
+        1,
+        2,
+        3,
+        0,
+        1,
+    ]
     best = scores[:, 0, :2].argmax(1)
     lines = [
         sample(d, s[:1, :2], "the rest", same, members=None, acc=float(best[d] == d % 2))
         for d, s in enumerate(scores)
     ]
-    assert load_samples(write(tmp_path / "b", "w", lines)).tasks["w"].gold.tolist() == [0, 1, 0, 1, 0, 1]
+    assert load_samples(write(tmp_path / "b", "w", lines)).tasks["w"].is_gold.argmax(1).tolist() == [
+        0,
+        1,
+        0,
+        1,
+        0,
+        1,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -156,9 +170,9 @@ def test_unknown_gold_is_said_when_it_is_needed(tmp_path, changes, reason):
     members = [[-3.0, -1.0, -2.0, -2.0]]
     predictions = load_samples(write(tmp_path, "t", [sample(0, members, 1, **changes)])).tasks["t"]
     if reason is None:
-        assert predictions.gold is not None
+        assert predictions.is_gold is not None
         return
-    assert predictions.gold is None
+    assert predictions.is_gold is None
     with pytest.raises(EnsembleError, match=reason):
         predictions.require_gold()
 
@@ -177,7 +191,7 @@ def test_what_was_logged_is_read_and_not_guessed(tmp_path, scores):
         sample(d, s[:, : 3 + d % 2], 0, golds=[2], other_class=True, acc=None) for d, s in enumerate(scores)
     ]
     found = load_samples(write(tmp_path, "t", lines)).tasks["t"]
-    assert found.gold.tolist() == [2] * 6
+    assert found.is_gold.argmax(1).tolist() == [2] * 6
     assert found.counts.tolist() == [4, 5] * 3
     for d, s in enumerate(scores):
         width = 3 + d % 2
@@ -193,7 +207,7 @@ def test_an_nll_of_the_tasks_own_is_not_held_against_the_scores(tmp_path, scores
         sample(d, s, 1, golds=[1], other_class=False, nll=7.0, ensemble_nll=ours[d])
         for d, s in enumerate(scores)
     ]
-    assert load_samples(write(tmp_path, "t", lines)).tasks["t"].gold.tolist() == [1] * 6
+    assert load_samples(write(tmp_path, "t", lines)).tasks["t"].is_gold.argmax(1).tolist() == [1] * 6
 
 
 def test_unconditional_scores_of_acc_mutual_info_are_left_out(tmp_path):
@@ -316,7 +330,7 @@ def test_what_lm_eval_writes_itself_is_read(tmp_path):
     run = load_samples(tmp_path / "out")
     predictions = run.tasks["tiny"]
     assert run.config["model"] == "dummy"
-    assert predictions.gold.tolist() == [d % 2 for d in range(8)]
+    assert predictions.is_gold.argmax(1).tolist() == [d % 2 for d in range(8)]
     assert predictions.counts.tolist() == [2 + d % 2 for d in range(8)]
     assert predictions.correct.mean() == pytest.approx(found["results"]["tiny"]["acc,none"])
 

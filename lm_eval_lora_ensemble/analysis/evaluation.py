@@ -77,7 +77,7 @@ def evaluate(
     # Tasks before groups: a group's macro value is the mean of its tasks' resamples.
     for name in (*run.tasks, *run.groups):
         predictions = run.predictions(name)
-        if predictions.gold is None:
+        if predictions.is_gold is None:
             skipped[name] = f"gold answers unknown: {predictions.missing_gold}"
             continue
         results[name], drawn[name] = _evaluate_task(name, predictions, run.leaves(name), drawn, chosen)
@@ -126,7 +126,7 @@ def _recalibrate_all(run: Run, fitted_on: str, settings: Settings) -> dict[str, 
     return {
         name: _recalibrate(name, test, fitted_on, calibration, settings)
         for name, test in tests.items()
-        if test.gold is not None
+        if test.is_gold is not None
     }
 
 
@@ -152,7 +152,7 @@ def _evaluate_task(
         members = [ensemble]
     else:
         members = [
-            bootstrap(Battery(predictions.only([m]), settings.bins), plan)
+            bootstrap(Battery(predictions.member(m), settings.bins), plan)
             for m in range(predictions.n_members)
         ]
     average = mean_of(members)

@@ -49,41 +49,57 @@ def single_model_scores(sample: Mapping[str, Any]) -> list[float] | None:
     return values
 
 
-def inferred_gold(sample: Mapping[str, Any], scores: FloatArray) -> tuple[int, str]:
-    """Return the gold choice's index, or −1 and why it is unknown.
+def inferred_golds(sample: Mapping[str, Any], scores: FloatArray) -> tuple[list[int], str]:
+    """Return the indices of the gold choices, or none and why they are unknown.
 
-    ``target`` is what the task's doc_to_target gave, as a string: an index, or a choice's text. Where the
-    contexts vary and the continuation does not, it is neither; then the logged scores have to tell.
+    ``target`` is what the task's doc_to_target gave, as a string: an index, a choice's text, or a list of indices.
+    Where the contexts vary and the continuation does not, it is neither; then the logged scores have to tell.
     """
     target, c = str(sample.get("target", "")).strip(), scores.shape[1]
-    texts = [str(argument.get("arg_1", "")).strip() for argument in arguments_of(sample)][:c]
-    if target.startswith("["):
-        try:
-            listed = ast.literal_eval(target)
-        except (ValueError, SyntaxError):
-            listed = None
-        if isinstance(listed, list) and len(listed) != 1:
-            return -1, several_golds(len(listed))
-        target = str(listed[0]) if isinstance(listed, list) else target
-    gold = -1
-    if re.fullmatch(r"\d+", target) and int(target) < c:
-        gold = int(target)
-    elif texts.count(target) == 1:
-        gold = texts.index(target)
-    elif len(set(texts)) < len(texts):
-        gold = _gold_from_scores(sample, scores)
-    if gold < 0:
-        return -1, f"target {target[:40]!r} is neither an index nor one of the {c} choices"
+    golds = _listed(target, c) if target.startswith("[") else _single(target, sample, scores)
+    if not golds:
+        return [], f"target {target[:40]!r} is neither an index nor one of the {c} choices"
     acc = sample.get("acc")
+    if isinstance(acc, float) and acc not in (0, 1):
+        return [], f"acc is {acc:.3g}, neither right nor wrong; the task has its own scoring"
     chosen = _chosen(sample, c) if acc in (0, 1) else -1
-    if chosen >= 0 and (chosen == gold) != bool(acc):
-        return -1, f"target says choice {gold} is right, acc says otherwise; the task has its own scoring"
-    return gold, ""
+    if chosen >= 0 and (chosen in golds) != bool(acc):
+        said = " and ".join(map(str, golds))
+        return [], f"target says choice {said} is right, acc says otherwise; the task has its own scoring"
+    return golds, ""
 
 
-def several_golds(count: int) -> str:
-    """Say why a document with several right answers has no gold index."""
-    return f"{count} gold answers; these metrics are defined for one"
+def _listed(target: str, c: int) -> list[int]:
+    try:
+        listed = ast.literal_eval(target)
+    except (ValueError, SyntaxError):
+        return []
+    if not isinstance(listed, list):
+        return []
+    indices = {int(item) for item in listed if isinstance(item, int) or re.fullmatch(r"\d+", str(item))}
+    return sorted(index for index in indices if 0 <= index < c)
+
+
+def _single(target: str, sample: Mapping[str, Any], scores: FloatArray) -> list[int]:
+    c = scores.shape[1]
+    texts = [str(argument.get("arg_1", "")).strip() for argument in arguments_of(sample)][:c]
+    if re.fullmatch(r"\d+", target) and int(target) < c:
+        return [int(target)]
+    if texts.count(target) == 1:
+        return [texts.index(target)]
+    gold = _gold_from_scores(sample, scores) if len(set(texts)) < len(texts) else -1
+    return [gold] if gold >= 0 else []
+
+
+def inferred_lengths(sample: Mapping[str, Any], c: int) -> dict[str, list[float]]:
+    """Return the choices' lengths in characters and bytes, the delimiter before them left out; empty if unknown."""
+    texts = [str(argument.get("arg_1", "")).lstrip() for argument in arguments_of(sample)][:c]
+    if len(texts) < c or len(set(texts)) < len(texts):  # contexts vary, the continuation is the same
+        return {}
+    return {
+        "chars": [float(len(text)) for text in texts],
+        "bytes": [float(len(text.encode())) for text in texts],
+    }
 
 
 def _chosen(sample: Mapping[str, Any], c: int) -> int:
@@ -105,28 +121,26 @@ def _gold_from_scores(sample: Mapping[str, Any], scores: FloatArray) -> int:
     return 1 - chosen if chosen >= 0 and c == 2 and sample.get("acc") == 0 else -1
 
 
-def with_inferred_other(build: Callable[[bool], Predictions], logged: FloatArray) -> Predictions:
-    """Return the predictions without the class "other", or with it where the logged nll follows only then.
+def other_is_inferred(build: Callable[[bool], Predictions], logged: FloatArray) -> bool:
+    """Return whether the logged nll follows from the scores only with the class "other".
 
     Args:
-        build: makes them with "other" or without.
+        build: makes the predictions with "other" or without.
         logged: (D,) nll as logged, NaN where it was not.
     """
-    plain = build(False)
-    if not differs_from_logged(plain, logged).any():
-        return plain
+    if not differs_from_logged(build(False), logged).any():
+        return False
     try:
-        other = build(True)
+        return not differs_from_logged(build(True), logged).any()
     except EnsembleError:
-        return plain
-    return plain if differs_from_logged(other, logged).any() else other
+        return False
 
 
 def differs_from_logged(predictions: Predictions, logged: FloatArray) -> BoolArray:
     """Return (D,): where the logged nll (NaN: there is none) is not that of the predictions."""
-    if predictions.gold is None:
+    if predictions.is_gold is None:
         return np.zeros(len(logged), dtype=np.bool_)
-    nll = -predictions.log_mixture[np.arange(len(logged)), predictions.gold]
+    nll = -predictions.log_gold_mass
     # within rounding of the sums, relatively for answers that were thought all but impossible
     same = np.isclose(nll, logged, rtol=_NLL_TOLERANCE, atol=_NLL_TOLERANCE)
     return ~(same | np.isnan(logged))

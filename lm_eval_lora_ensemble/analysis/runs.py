@@ -14,9 +14,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lm_eval_lora_ensemble.analysis.distribution import Distribution, scale_of_run
 from lm_eval_lora_ensemble.analysis.samples import read_task
 from lm_eval_lora_ensemble.disk import NOT_TO_READ
 from lm_eval_lora_ensemble.errors import EnsembleError
+from lm_eval_lora_ensemble.metrics.choice_scores import ChoiceScores
 from lm_eval_lora_ensemble.metrics.predictions import Predictions
 
 _DATE = r"(?P<date>\d{4}-\d{2}-\d{2}T\d{2}-\d{2}-\d{2}(?:\.\d+)?)"
@@ -32,12 +34,14 @@ class Run:
         source: the folder or file it was read from.
         date: lm-eval's date id, empty if the file was renamed.
         config: ``config`` of the results file; empty without one.
-        tasks: predictions by task name.
+        tasks: predictions by task name, under ``distribution``.
         groups: the tasks each group pools, sub-groups resolved, by group name; groups some of whose tasks
             have no samples are in ``skipped``.
         skipped: why a task or group is left out, by name.
         files: the samples file of each task.
         seconds: what the evaluation took, where lm-eval recorded it.
+        scores: the members' scores by task name, which the predictions follow from.
+        distribution: which distribution over the choices is judged.
     """
 
     source: str
@@ -48,6 +52,37 @@ class Run:
     skipped: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     seconds: float | None = None
+    scores: Mapping[str, ChoiceScores] = field(default_factory=dict)
+    distribution: Distribution = field(default_factory=Distribution)
+
+    def under(self, distribution: Distribution) -> Run:
+        """Return the same run with its tasks judged by another distribution; what has none is in ``skipped``.
+
+        Raises:
+            EnsembleError: the scale is not defined for any task.
+
+        Example:
+            >>> from lm_eval_lora_ensemble import load_runs
+            >>> from lm_eval_lora_ensemble.analysis.distribution import Distribution
+            >>> (run,) = load_runs("results")
+            >>> per_character = run.under(Distribution("chars"))
+            >>> bool((per_character.predictions("plain_a").confidence < run.predictions("plain_a").confidence).all())
+            True
+        """
+        shared = scale_of_run(distribution, self.scores, self.config, self.n_members)
+        tasks, skipped = {}, dict(self.skipped)
+        for name, scores in self.scores.items():
+            try:
+                tasks[name] = distribution.of(scores, shared)
+            except EnsembleError as error:  # noqa: PERF203 - one task without a scale must not hide the others
+                skipped[name] = str(error)
+        if not tasks:
+            raise EnsembleError(f"{self.source}: {next(iter(skipped.values()))}")
+        groups = {
+            name: leaves for name, leaves in self.groups.items() if all(leaf in tasks for leaf in leaves)
+        }
+        skipped |= {name: "some of its tasks have no scale" for name in self.groups if name not in groups}
+        return replace(self, tasks=tasks, groups=groups, skipped=skipped, distribution=distribution)
 
     @cached_property
     def identity(self) -> str:
@@ -233,6 +268,7 @@ def merge_runs(runs: Sequence[Run]) -> list[Run]:
                     skipped={**other.skipped, **run.skipped},
                     files={**other.files, **run.files},
                     seconds=_sum(other.seconds, run.seconds),
+                    scores={**other.scores, **run.scores},
                 )
                 break
         else:
@@ -242,23 +278,23 @@ def merge_runs(runs: Sequence[Run]) -> list[Run]:
 
 def _read_run(folder: Path, date: str, files: Mapping[str, Path], asked: Path) -> Run:
     results = _results_beside(folder, date)
-    tasks: dict[str, Predictions] = {}
+    scores: dict[str, ChoiceScores] = {}
     skipped: dict[str, str] = {}
     for task, file in sorted(files.items()):
         read = read_task(file, task, of_ensemble="lora_ensemble" in (results.get("config") or {}))
         if isinstance(read, str):
             skipped[task] = read
         else:
-            tasks[task] = read
-    if not tasks:
+            scores[task] = read
+    if not scores:
         raise EnsembleError(f"{asked}: no task can be analysed: {next(iter(skipped.items()), '')}")
-    sizes = {task: p.n_members for task, p in tasks.items()}
+    sizes = {task: s.n_members for task, s in scores.items()}
     if len(set(sizes.values())) > 1:
         raise EnsembleError(
             f"{folder}: tasks of one run have different numbers of members ({sizes}); "
             "samples files of two ensembles were mixed"
         )
-    groups, partial = _groups(results.get("group_subtasks") or {}, set(tasks))
+    groups, partial = _groups(results.get("group_subtasks") or {}, set(scores))
     if asked.suffix != ".jsonl":  # one samples file was asked for, not what is beside it
         skipped.update(partial)
     config = results.get("config")
@@ -267,11 +303,12 @@ def _read_run(folder: Path, date: str, files: Mapping[str, Path], asked: Path) -
         source,
         date,
         config if isinstance(config, dict) else {},
-        tasks,
+        {task: of_task.predictions() for task, of_task in scores.items()},
         groups,
         skipped,
-        {task: str(files[task]) for task in tasks},
+        {task: str(files[task]) for task in scores},
         _seconds(results),
+        scores,
     )
 
 

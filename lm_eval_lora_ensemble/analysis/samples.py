@@ -17,14 +17,15 @@ import numpy as np
 
 from lm_eval_lora_ensemble.analysis.foreign_samples import (
     differs_from_logged,
-    inferred_gold,
-    several_golds,
+    inferred_golds,
+    inferred_lengths,
+    other_is_inferred,
     single_model_scores,
-    with_inferred_other,
 )
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.metrics.arrays import FloatArray
-from lm_eval_lora_ensemble.metrics.predictions import Predictions
+from lm_eval_lora_ensemble.metrics.choice_scores import ChoiceScores
+from lm_eval_lora_ensemble.metrics.crossfit import fold_of
 
 
 def iter_samples(path: Path | str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -59,23 +60,27 @@ class SampledDocument:
     Attributes:
         key: lm-eval's doc_id and the start of its hash.
         scores: (N, C) loglikelihoods, nats.
-        gold: index of the right choice, −1 where unknown.
-        why_no_gold: why it is unknown.
+        golds: indices of the right choices; empty where unknown.
+        why_no_gold: why they are unknown.
         nll: as logged, NaN if it was not.
         other_class: whether "other" counts as a choice; None where the file does not say.
+        lengths: of each choice by unit, as far as they are known.
+        fold: of a cross-fit.
         line: of the file.
     """
 
     key: tuple[int, str]
     scores: FloatArray
-    gold: int
+    golds: list[int]
     why_no_gold: str
     nll: float
     other_class: bool | None
+    lengths: Mapping[str, list[float]]
+    fold: int
     line: int
 
 
-def read_task(path: Path, task: str, *, of_ensemble: bool) -> Predictions | str:
+def read_task(path: Path, task: str, *, of_ensemble: bool) -> ChoiceScores | str:
     """Read a samples file; return why it cannot be analysed if it is not of a multiple-choice task.
 
     In an ensemble's run a task whose samples carry no members' scores is not taken for a single model's.
@@ -154,15 +159,17 @@ def _document(sample: Mapping[str, Any], scores: FloatArray, number: int, path: 
         document = int(sample["doc_id"])
         # where the task reports an nll of its own, ours has another name
         nll = sample.get("ensemble_nll", sample.get("nll"))
-        gold, why = _logged_gold(sample, scores) if "golds" in sample else inferred_gold(sample, scores)
+        golds, why = _logged_golds(sample, scores) if "golds" in sample else inferred_golds(sample, scores)
         other = sample.get("other_class")
         return SampledDocument(
             key=(document, str(sample.get("doc_hash", ""))[:16]),
             scores=scores,
-            gold=gold,
-            why_no_gold="" if gold >= 0 else f"{path}, line {number}: {why}",
+            golds=golds,
+            why_no_gold="" if golds else f"{path}, line {number}: {why}",
             nll=float("nan") if nll is None else float(nll),
             other_class=None if other is None else bool(other),
+            lengths=_lengths(sample, scores.shape[1]),
+            fold=fold_of(str(sample.get("doc_hash", document))),
             line=number,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -171,43 +178,68 @@ def _document(sample: Mapping[str, Any], scores: FloatArray, number: int, path: 
         ) from error
 
 
-def _logged_gold(sample: Mapping[str, Any], scores: FloatArray) -> tuple[int, str]:
-    """Return the gold choice's index as it was logged, or −1 and why there is none."""
+def _logged_golds(sample: Mapping[str, Any], scores: FloatArray) -> tuple[list[int], str]:
+    """Return the gold choices' indices as they were logged, or none and why."""
     golds = [int(gold) for gold in sample["golds"]]
     if not all(0 <= gold < scores.shape[1] for gold in golds):
         raise ValueError(f"golds {golds} are not among its {scores.shape[1]} choices")
-    if not golds:
-        return -1, "the task scores answers by a rule of its own"
-    return (golds[0], "") if len(golds) == 1 else (-1, several_golds(len(golds)))
+    return golds, "" if golds else "the task scores answers by a rule of its own"
 
 
-def _assemble(documents: Sequence[SampledDocument], task: str, path: Path) -> Predictions:
+def _lengths(sample: Mapping[str, Any], c: int) -> dict[str, list[float]]:
+    """Return the choices' lengths by unit, as they were logged or as the texts say."""
+    logged = sample.get("lengths")
+    if not isinstance(logged, Mapping):
+        return inferred_lengths(sample, c)
+    lengths = {str(unit): [float(value) for value in values] for unit, values in logged.items()}
+    wrong = next((unit for unit, values in lengths.items() if len(values) != c), None)
+    if wrong:
+        raise ValueError(f"{len(lengths[wrong])} lengths in {wrong} for {c} choices")
+    return lengths
+
+
+def _assemble(documents: Sequence[SampledDocument], task: str, path: Path) -> ChoiceScores:
     """Pad the documents to one array, and check it against what was logged."""
     n, c = len(documents[0].scores), max(document.scores.shape[1] for document in documents)
     scores = np.full((n, len(documents), c), -np.inf)
+    is_gold = np.zeros((len(documents), c), dtype=np.bool_)
     for d, document in enumerate(documents):
         scores[:, d, : document.scores.shape[1]] = document.scores
-    without = [document.why_no_gold for document in documents if document.gold < 0]
-    golds = None if without else np.array([document.gold for document in documents])
+        is_gold[d, document.golds] = True
+    without = [document.why_no_gold for document in documents if not document.golds]
 
-    def build(other_class: bool) -> Predictions:
-        return Predictions.from_scores(
+    def build(other_class: bool) -> ChoiceScores:
+        return ChoiceScores(
             scores,
-            golds,
-            counts=[document.scores.shape[1] for document in documents],
-            subjects=task,
-            documents=[f"{number}:{digest}" for number, digest in (document.key for document in documents)],
-            other_class=other_class,
-            missing_gold=without[0] if without else "",
+            np.array([document.scores.shape[1] for document in documents]),
+            None if without else is_gold,
+            np.array([task] * len(documents), dtype=np.str_),
+            np.array([f"{number}:{digest}" for number, digest in (document.key for document in documents)]),
+            np.array([document.fold for document in documents]),
+            _padded_lengths(documents, c),
+            other_class,
+            without[0] if without else "",
         )
 
     logged = np.array([document.nll for document in documents])
     known = documents[0].other_class
-    predictions = with_inferred_other(build, logged) if known is None else build(known)
-    off = differs_from_logged(predictions, logged)
+    if known is None:
+        known = other_is_inferred(lambda other: build(other).per_unit(), logged)
+    assembled = build(known)
+    off = differs_from_logged(assembled.per_unit(), logged)
     if off.any():
         raise EnsembleError(
             f"{path}, line {documents[int(np.argmax(off))].line}: the logged nll does not follow from the scores; "
             "the file was edited or put together from two runs"
         )
-    return predictions
+    return assembled
+
+
+def _padded_lengths(documents: Sequence[SampledDocument], c: int) -> dict[str, FloatArray]:
+    """Return (D, C) lengths in each unit that all documents know."""
+    units = set.intersection(*(set(document.lengths) for document in documents))
+    padded = {unit: np.zeros((len(documents), c)) for unit in sorted(units)}
+    for unit, lengths in padded.items():
+        for d, document in enumerate(documents):
+            lengths[d, : len(document.lengths[unit])] = document.lengths[unit]
+    return padded

@@ -80,7 +80,7 @@ def _choices(predictions: Predictions) -> str:
 
 def _groups(predictions: Predictions) -> list[tuple[str, str, str, BoolArray]]:
     """Return label, colour, marker and documents of each group to tell apart."""
-    if predictions.gold is None:
+    if predictions.is_gold is None:
         return [("gold answer unknown", BLUE, "o", np.ones(predictions.n_documents, dtype=bool))]
     right = predictions.correct
     return [("right", BLUE, "o", right), ("wrong", VERMILLION, "x", ~right)]

@@ -12,12 +12,13 @@ from lm_eval.api.metrics import mean
 from lm_eval.config.group import AggMetricConfig
 
 from lm_eval_lora_ensemble.errors import EnsembleError
+from lm_eval_lora_ensemble.harness.normalised import add_twins, pooled_twin, twin_aggregations
 from lm_eval_lora_ensemble.harness.state import ScoredDocument, has_reported, state_of
 from lm_eval_lora_ensemble.metrics.battery import Battery
 from lm_eval_lora_ensemble.metrics.predictions import Predictions
 from lm_eval_lora_ensemble.metrics.registry import METRICS
 
-_LOGGED_ONLY = ("golds", "other_class")
+_LOGGED_ONLY = ("golds", "lengths", "fold", "other_class")
 
 RawMetrics = MutableMapping[tuple[str, str], list[Any]]
 """lm-eval's values of all documents, by (metric, filter)."""
@@ -36,12 +37,15 @@ def set_documents_aside(task: Any, raw_metrics: RawMetrics) -> None:
         return
     state = state_of(task)
     for filter_key in [key for metric, key in raw_metrics if metric == "members"]:
-        golds, _ = (raw_metrics.pop((name, filter_key)) for name in _LOGGED_ONLY)
+        golds, lengths, folds, _ = (raw_metrics.pop((name, filter_key)) for name in _LOGGED_ONLY)
         members = raw_metrics["members", filter_key]
-        state.documents = [ScoredDocument(*pair) for pair in zip(members, golds, strict=True)]
+        state.documents = [
+            ScoredDocument(*values) for values in zip(members, golds, lengths, folds, strict=True)
+        ]
         for shown, name in state.reported.items():
             if not METRICS[name].per_document:
                 raw_metrics[shown, filter_key] = _usable(state.documents, name)
+        add_twins(task, raw_metrics, filter_key)
 
 
 def aggregations(task: Any) -> dict[str, Callable[..., Any]]:
@@ -49,12 +53,13 @@ def aggregations(task: Any) -> dict[str, Callable[..., Any]]:
     found: dict[str, Callable[..., Any]] = {"members": _number_of_members}
     for shown, name in state_of(task).reported.items():
         found[shown] = mean if METRICS[name].per_document else functools.partial(_of_task, task, name)
-    return found
+    return {**found, **twin_aggregations(task)}
 
 
 def directions(task: Any) -> dict[str, bool]:
     """Return whether higher is better, for those of our metrics of which either is."""
-    meanings = {shown: METRICS[name].direction for shown, name in state_of(task).reported.items()}
+    shown_as = {**state_of(task).reported, **state_of(task).twins}
+    meanings = {shown: METRICS[name].direction for shown, name in shown_as.items()}
     return {shown: direction == "higher" for shown, direction in meanings.items() if direction}
 
 
@@ -80,7 +85,7 @@ def _value(name: str, predictions: Predictions, bins: int) -> float:
 
 def _usable(documents: Sequence[ScoredDocument], name: str) -> list[ScoredDocument]:
     """Return the documents that a metric is defined for."""
-    return [one for one in documents if len(one.golds) == 1 or not METRICS[name].needs_gold]
+    return [one for one in documents if one.golds or not METRICS[name].needs_gold]
 
 
 def _predictions(documents: Sequence[ScoredDocument], name: str, *, other_class: bool) -> Predictions:
@@ -89,7 +94,10 @@ def _predictions(documents: Sequence[ScoredDocument], name: str, *, other_class:
     scores = np.full((len(documents[0].members), len(counts), max(counts)), -np.inf)
     for d, one in enumerate(documents):
         scores[:, d, : counts[d]] = one.members
-    golds = [one.golds[0] for one in documents] if METRICS[name].needs_gold else None
+    is_gold = np.zeros(scores.shape[1:], dtype=np.bool_)
+    for d, one in enumerate(documents):
+        is_gold[d, list(one.golds)] = True
+    golds = is_gold if METRICS[name].needs_gold else None
     return Predictions.from_scores(scores, golds, counts=counts, other_class=other_class)
 
 
@@ -117,8 +125,9 @@ def extend_group(
     ]
     row = aggregate(extended, task_metrics)
     for shown in pooled:
-        those = [task for task in tasks if shown in state_of(task).reported]
-        row[f"{shown},none"] = _of_tasks(ours[shown], those)
+        those = [task for task in tasks if shown in _shown(task)]
+        twin = shown in state_of(those[0]).twins
+        row[f"{shown},none"] = (pooled_twin if twin else _of_tasks)(ours[shown], those)
         row[f"{shown}_macro,none"] = float(
             np.mean([task_metrics[task.task_name][f"{shown},none"] for task in those])
         )
@@ -132,14 +141,19 @@ def extend_group(
 
 def _ours_alone(group: Any, tasks: Sequence[Any], task_metrics: dict[str, Any]) -> dict[str, str]:
     """Return what some tasks report of ours and no other task reports under the same name."""
-    ours = {shown: name for task in tasks for shown, name in state_of(task).reported.items()}
+    ours = {shown: name for task in tasks for shown, name in _shown(task).items()}
     for task in group.get_all_tasks():
-        reported = state_of(task).reported if has_reported(task) else {}
+        reported = _shown(task) if has_reported(task) else {}
         for key in task_metrics.get(task.task_name, {}):
             shown = key.partition(",")[0]
             if shown not in reported:
                 ours.pop(shown, None)
     return ours
+
+
+def _shown(task: Any) -> dict[str, str]:
+    """Return a task's metrics and their length-normalised twins by their names in the table."""
+    return {**state_of(task).reported, **state_of(task).twins}
 
 
 def _of_tasks(name: str, tasks: Sequence[Any]) -> float:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from lm_eval.api.task import ConfigurableTask
+from lm_eval.utils import handle_non_serializable, hash_string
 
 from lm_eval_lora_ensemble.errors import EnsembleError
-from lm_eval_lora_ensemble.harness.golds import gold_indices
-from lm_eval_lora_ensemble.harness.state import state_of
+from lm_eval_lora_ensemble.harness.golds import KNOWN_SCORERS, gold_indices
+from lm_eval_lora_ensemble.harness.state import TWIN, state_of
+from lm_eval_lora_ensemble.metrics.crossfit import fold_of
 from lm_eval_lora_ensemble.metrics.predictions import Predictions
 from lm_eval_lora_ensemble.metrics.registry import METRICS
 from lm_eval_lora_ensemble.scoring.loglikelihood import EnsembleLoglikelihood
@@ -29,7 +32,7 @@ RENAMED = "ensemble_"
 
 def document_metrics(
     loglikelihoods: npt.NDArray[np.float64],
-    gold: int | None,
+    golds: Collection[int],
     *,
     other_class: bool = False,
     metrics: Collection[str] | None = None,
@@ -38,26 +41,27 @@ def document_metrics(
 
     Args:
         loglikelihoods: float64 [N, C], each member's loglikelihood of each choice, in nats.
-        gold: index of the right choice; None leaves out the metrics that need it.
+        golds: indices of the right choices; none leaves out the metrics that need them.
         other_class: the choices are single tokens of one vocabulary; add the class of all other tokens.
         metrics: names in the registry; those of lm-eval's table if left out.
 
     Returns:
         By metric name: a float for a metric that is a mean over documents; for one of all documents the pair
-        (confidence, outcome), with outcome None where gold is.
+        (confidence, outcome), with outcome None where there is no gold.
 
     Raises:
         EnsembleError: a score is not finite, or gold is outside the choices.
     """
+    is_gold = np.isin(np.arange(loglikelihoods.shape[1]), list(golds))
     predictions = Predictions.from_scores(
-        loglikelihoods[:, None, :], None if gold is None else [gold], other_class=other_class
+        loglikelihoods[:, None, :], is_gold[None] if len(golds) else None, other_class=other_class
     )
-    outcome = None if gold is None else float(predictions.correct[0])
+    outcome = float(predictions.correct[0]) if len(golds) else None
     pair = (float(predictions.confidence[0]), outcome)
     values: dict[str, Any] = {}
     for name in table_metrics() if metrics is None else metrics:
         metric = METRICS[name]
-        if metric.needs_gold and gold is None:
+        if metric.needs_gold and not len(golds):
             continue
         if not metric.per_document:
             values[name] = pair
@@ -93,7 +97,7 @@ def extended(task: Any, doc: dict[str, Any], results: Sequence[Any], stock: dict
     golds = _golds(task, doc, n_choices)
     ours = document_metrics(
         members,
-        golds[0] if len(golds) == 1 else None,
+        golds,
         other_class=state.other_class,
         metrics=state.reported.values(),
     )
@@ -102,12 +106,35 @@ def extended(task: Any, doc: dict[str, Any], results: Sequence[Any], stock: dict
         "members": members.tolist(),
         "golds": golds,
         "other_class": state.other_class,
+        "lengths": _lengths(task, doc, values),
+        "fold": fold_of(document_hash(doc)),
         **{shown: ours[name] for shown, name in state.reported.items() if name in ours},
     }
 
 
+def _lengths(task: Any, doc: dict[str, Any], values: Sequence[Any]) -> dict[str, list[int]]:
+    """Return the choices' lengths: as lm-eval's acc_norm and acc_bytes count them, and in tokens if known."""
+    if task.multiple_input or task.config.doc_to_choice is None:
+        return {}
+    texts = task.doc_to_choice(doc)
+    lengths: dict[str, list[int]] = {
+        "chars": [len(text) for text in texts],
+        "bytes": [len(text.encode()) for text in texts],
+    }
+    tokens = [n for n in (getattr(value, "tokens", None) for value in values) if n is not None]
+    return {**lengths, "tokens": tokens} if len(tokens) == len(values) else lengths
+
+
+def document_hash(doc: dict[str, Any]) -> str:
+    """Return the hash under which lm-eval logs a document."""
+    return str(hash_string(json.dumps(doc, indent=2, default=handle_non_serializable, ensure_ascii=False)))
+
+
 def _golds(task: Any, doc: dict[str, Any], n_choices: int) -> list[int]:
     """Return the indices of the right choices; none where the task has a scoring of its own."""
+    known = _known_scorer(task)
+    if known:
+        return known(doc)
     if _scores_itself(task):
         return []
     texts = task.doc_to_choice(doc) if task.config.doc_to_choice is not None else [""] * n_choices
@@ -127,14 +154,19 @@ def _scores_itself(task: Any) -> bool:
     return next(cls for cls in defining if not vars(cls).get(ADDS_TO_STOCK)) is not ConfigurableTask
 
 
+def _known_scorer(task: Any) -> Callable[[Any], list[int]] | None:
+    """Return what finds the gold choices of a task with a scoring of its own, for those that are known."""
+    return KNOWN_SCORERS.get(getattr(task.config.process_results, "__name__", ""))
+
+
 def _names_in_table(task: Any, stock: dict[str, Any]) -> dict[str, str]:
     """Choose the task's metrics, by their names in lm-eval's table; the same on every rank, whatever its documents.
 
     What the task reports itself keeps its name.
     """
-    wanted = [*table_metrics(), *state_of(task).metrics]
-    why = "scores answers by a rule of its own" if _scores_itself(task) else ""
-    why = why or ("has several gold answers" if task.multiple_target else "")
+    wanted = [*table_metrics(), *(name for name in state_of(task).metrics if not name.endswith(TWIN))]
+    own = _scores_itself(task) and not _known_scorer(task)
+    why = "scores answers by a rule of its own" if own else ""
     if why:
         _warn_once(task.config.task, f"{why}: metrics that need the gold answer are left out for it")
         wanted = [name for name in wanted if not METRICS[name].needs_gold]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -32,3 +32,12 @@ def gold_indices(task: Any, doc: Any, choices: Sequence[str]) -> tuple[int, ...]
     if not golds:
         raise LookupError(f"the gold {gold!r} is none of its {len(choices)} choices")
     return tuple(sorted({int(index) for index in golds}))
+
+
+def _labelled_right(doc: Any) -> list[int]:
+    """Return what truthfulqa_mc2 counts as right: several of its choices, whose mass is the score."""
+    return [index for index, label in enumerate(doc["mc2_targets"]["labels"]) if label == 1]
+
+
+KNOWN_SCORERS: dict[str, Callable[[Any], list[int]]] = {"process_results_mc2": _labelled_right}
+"""Scorings of tasks' own whose gold choices are known, by the name of the function in the task's YAML."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from lm_eval_lora_ensemble.errors import EnsembleError, nearest
 from lm_eval_lora_ensemble.metrics.calibration import DEFAULT_BINS
+from lm_eval_lora_ensemble.metrics.predictions import Predictions
 from lm_eval_lora_ensemble.metrics.registry import METRICS
+
+TWIN = "_norm"
+"""What the name of a metric of length-normalised scores ends in."""
 
 
 class ScoredDocument(NamedTuple):
@@ -17,10 +21,14 @@ class ScoredDocument(NamedTuple):
     Attributes:
         members: (N, C) loglikelihoods, nats.
         golds: indices of its right choices; empty where they are not known.
+        lengths: of each choice by unit; empty where choices are contexts.
+        fold: of a cross-fit.
     """
 
     members: Sequence[Sequence[float]]
     golds: Sequence[int]
+    lengths: Mapping[str, Sequence[float]]
+    fold: int
 
 
 @dataclass
@@ -31,19 +39,27 @@ class UncertaintyState:
         bins: number of equal-width bins of the calibration metrics.
         other_class: add the paper's class "other" to single-letter choices.
         metrics: further metrics of the registry to put into lm-eval's table.
+        normalise: whether the length-normalised twins are reported; None lets the task decide.
         reported: by the name in lm-eval's table, the registry's name; empty until the task reports any.
         documents: all of them, once lm-eval aggregates.
+        twins: by the name in lm-eval's table, the registry's name of each length-normalised twin; likewise.
+        normalised: what the twins are of; None where no scale could be fitted.
+        scale: T of the twins, where the model brings one from validation; None cross-fits.
     """
 
     bins: int = DEFAULT_BINS
     other_class: bool = False
     metrics: Sequence[str] = ()
+    normalise: bool | None = None
     reported: dict[str, str] = field(default_factory=dict, init=False)
     documents: Sequence[ScoredDocument] = field(default=(), init=False)
+    twins: dict[str, str] = field(default_factory=dict, init=False)
+    normalised: Predictions | None = field(default=None, init=False)
+    scale: float | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         for name in self.metrics:
-            if name not in METRICS:
+            if name.removesuffix(TWIN) not in METRICS and name != f"temperature{TWIN}":
                 near = nearest(name, METRICS, cutoff=0.0)
                 raise EnsembleError(f"uncertainty has no metric {name!r}; the nearest is {near!r}")
 

@@ -23,6 +23,7 @@ from lm_eval_lora_ensemble.metrics.calibration import (
     reliability_table,
     rms_calibration_error,
 )
+from lm_eval_lora_ensemble.metrics.choice_scores import ChoiceScores
 from lm_eval_lora_ensemble.metrics.choices import (
     choice_probabilities,
     ensemble_probabilities,
@@ -63,6 +64,7 @@ from lm_eval_lora_ensemble.metrics.selection import accuracy_at_coverage, covera
 __all__ = [
     "METRICS",
     "Battery",
+    "ChoiceScores",
     "Estimate",
     "Predictions",
     "ResamplingPlan",

@@ -69,30 +69,45 @@ def as_probabilities(p: npt.ArrayLike, name: str = "p", ndim: int | None = None)
     return array
 
 
-def as_gold(gold: npt.ArrayLike, documents: int, counts: int | npt.ArrayLike) -> IntArray:
-    """Return the gold choices as integers after checking them.
+def as_is_gold(gold: npt.ArrayLike, counts: npt.ArrayLike, width: int) -> BoolArray:
+    """Return which choices are right after checking them.
 
     Args:
-        gold: (D,), index of each document's correct choice.
-        documents: D.
-        counts: how many choices there are, one number or (D,).
+        gold: (D,) index of each document's right choice, or (D, C) booleans, several of which may be true.
+        counts: (D,) how many choices each document has.
+        width: C, columns of the result.
+
+    Returns:
+        (D, C), true for at least one choice of every document.
 
     Raises:
-        EnsembleError: not D integers, or a gold outside its document's choices.
+        EnsembleError: another shape or type, a gold outside its document's choices, or a document without one.
     """
-    array = np.asarray(gold)
-    if array.shape != (documents,):
+    array, sizes = np.asarray(gold), np.asarray(counts)
+    d = len(sizes)
+    if array.shape == (d,) and np.issubdtype(array.dtype, np.integer):
+        outside = (array < 0) | (array >= sizes)
+        if outside.any():
+            index = int(np.argmax(outside))
+            raise EnsembleError(
+                f"gold is {array[index]} at document {index}, which has choices 0 to {sizes[index] - 1}"
+            )
+        is_gold = np.zeros((d, width), dtype=np.bool_)
+        is_gold[np.arange(d), array] = True
+        return is_gold
+    if array.ndim != 2 or array.dtype != np.bool_:
         raise EnsembleError(
-            f"gold has shape {array.shape}; one index for each of {documents} documents is needed"
+            f"gold has shape {array.shape} and type {array.dtype}; one index for each of {d} documents is needed, "
+            "or (documents, choices) booleans"
         )
-    if not np.issubdtype(array.dtype, np.integer):
-        raise EnsembleError(f"gold holds {array.dtype}, not the index of the correct choice")
-    outside = (array < 0) | (array >= np.asarray(counts))
-    if outside.any():
-        index = int(np.argmax(outside))
-        count = np.broadcast_to(np.asarray(counts), array.shape)[index]
-        raise EnsembleError(f"gold is {array[index]} at document {index}, which has choices 0 to {count - 1}")
-    return array.astype(np.int64, copy=False)
+    if len(array) != d or array.shape[1] > width:
+        raise EnsembleError(f"gold has shape {array.shape}; ({d}, {width}) is needed")
+    is_gold = np.pad(array, ((0, 0), (0, width - array.shape[1])))
+    outside = (is_gold & (np.arange(width) >= sizes[:, None])).any(axis=1)
+    for wrong, what in ((outside, "a gold outside its choices"), (~is_gold.any(axis=1), "no gold choice")):
+        if wrong.any():
+            raise EnsembleError(f"document {int(np.argmax(wrong))} has {what}")
+    return is_gold
 
 
 def as_binary(values: npt.ArrayLike, name: str, documents: int) -> BoolArray:

@@ -147,7 +147,9 @@ class WeightedDocuments:
 
     @cached_property
     def brier_parts(self) -> BrierDecomposition:
-        """The Brier score's reliability, resolution, uncertainty and remainder."""
+        """The Brier score's reliability, resolution, uncertainty and remainder; NaN with several golds, see docs."""
+        if self.predictions.has_several_golds:
+            return BrierDecomposition(*[np.full(len(self.weights), np.nan)] * 4)
         return decompose(self.classes, self["brier_score"])
 
     def runs(self, score: str) -> Runs:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from lm_eval_lora_ensemble.metrics.arrays import FloatArray, as_gold, as_probabilities
+from lm_eval_lora_ensemble.errors import EnsembleError
+from lm_eval_lora_ensemble.metrics.arrays import FloatArray, as_is_gold, as_probabilities
 from lm_eval_lora_ensemble.metrics.calibration import DEFAULT_BINS, BinSums, CalibrationBins
 
 
@@ -19,7 +20,7 @@ class ClasswiseBins:
 
     Args:
         p: (D, C) probabilities.
-        gold: (D,) index of the correct choice.
+        gold: (D,) index of the right choice, or (D, C) booleans where several may be.
         bins: number of equal-width bins.
         counts: (D,) number of choices of each document; C everywhere if left out.
     """
@@ -34,11 +35,11 @@ class ClasswiseBins:
         probabilities = as_probabilities(p, ndim=2)
         d, c = probabilities.shape
         sizes = np.full(d, c) if counts is None else np.asarray(counts)
-        index = as_gold(gold, d, sizes)
+        is_gold = as_is_gold(gold, sizes, c)
         self._classes = []
         for k in range(int(sizes.max())):
             has = np.flatnonzero(sizes > k)
-            column = CalibrationBins(probabilities[has, k], index[has] == k, bins)
+            column = CalibrationBins(probabilities[has, k], is_gold[has, k], bins)
             self._classes.append((None if len(has) == d else has, column))
 
     def sums(self, weights: FloatArray) -> list[BinSums]:
@@ -57,7 +58,7 @@ def classwise_calibration_error(
 
     Args:
         p: (D, C) probabilities.
-        gold: (D,) index of the correct choice.
+        gold: (D,) index of the right choice, or (D, C) booleans where several may be.
         bins: number of equal-width, right-closed bins.
         counts: (D,) number of choices of each document, for ragged tasks.
 
@@ -138,7 +139,7 @@ def brier_decomposition(
 
     Args:
         p: (D, C) probabilities.
-        gold: (D,) index of the correct choice.
+        gold: (D,) index of the right choice, or (D, C) booleans where several may be.
         bins: number of equal-width, right-closed bins.
         counts: (D,) number of choices of each document, for ragged tasks.
         debiased: remove the plug-in bias (Bröcker 2012; Ferro & Fricker 2012):
@@ -149,10 +150,12 @@ def brier_decomposition(
         Floats (as arrays of shape ()) that add up to the mean Brier score.
 
     Raises:
-        EnsembleError: not probabilities, or a gold outside the choices.
+        EnsembleError: not probabilities, a gold outside the choices, or several of them.
     """
     from lm_eval_lora_ensemble.metrics.proper_scores import brier_score
 
+    if np.ndim(gold) == 2 and (np.sum(gold, axis=1) > 1).any():
+        raise EnsembleError("the Brier score's decomposition is defined for one gold choice a document")
     one = np.ones((1, len(np.asarray(gold))))
     parts = decompose(
         ClasswiseBins(p, gold, bins, counts).sums(one),

@@ -69,7 +69,7 @@ def nonconformity(
 
 
 def conformal_threshold(scores: FloatArray, alpha: float) -> float:
-    """Return the ⌈(n + 1)(1 − α)⌉-th smallest of the gold choices' scores (n,), +inf if n is too small.
+    """Return the ⌈(n + 1)(1 − α)⌉-th smallest of the documents' scores (n,), +inf if n is too small.
 
     Raises:
         EnsembleError: no scores, or ``alpha`` outside (0, 1).
@@ -93,7 +93,7 @@ class ConformalSets:
         threshold: calibrated; +inf means all choices, always.
         n_calibration: documents it was calibrated on.
         sets: (D, C), whether a choice is in its document's set. A set may be empty.
-        covered: (D,), whether the gold choice is.
+        covered: (D,), whether a gold choice is.
         sizes: (D,), choices in the set.
     """
 
@@ -146,7 +146,8 @@ def conformal_sets(
     gold = calibration.require_gold()
     options = {"penalty": penalty, "free_ranks": free_ranks}
     scores = nonconformity(calibration, method, rng, **options)  # type: ignore[arg-type]
-    threshold = conformal_threshold(scores[np.arange(len(gold)), gold], alpha)
+    # of several gold choices the one that fits best counts: a set that holds it holds a right answer
+    threshold = conformal_threshold(np.where(gold, scores, np.inf).min(axis=1), alpha)
     fits = nonconformity(test, method, rng, **options)  # type: ignore[arg-type]
     sets: BoolArray = (fits <= threshold) & ~test.padding
     truth = test.require_gold()
@@ -156,7 +157,7 @@ def conformal_sets(
         threshold=threshold,
         n_calibration=len(gold),
         sets=sets,
-        covered=sets[np.arange(len(truth)), truth],
+        covered=np.asarray((sets & truth).any(axis=1), dtype=np.bool_),
         sizes=sets.sum(axis=1).astype(np.float64),
     )
 

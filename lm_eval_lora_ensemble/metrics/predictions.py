@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ from lm_eval_lora_ensemble.metrics.arrays import (
     IntArray,
     StringArray,
     as_float,
-    as_gold,
+    as_is_gold,
     first_index,
 )
 from lm_eval_lora_ensemble.metrics.choices import log_choice_probabilities, with_other_class
@@ -34,10 +35,12 @@ class Predictions:
     Attributes:
         log_probabilities: (N, D, C) float64, nats; each document's exponentials sum to 1.
         counts: (D,), number of choices, from 2 to C.
-        gold: (D,), index of the correct choice; None where the samples do not tell.
+        is_gold: (D, C), which choices are right, at least one; None where the samples do not tell.
         subjects: (D,), the task each document belongs to; resampling of groups is clustered by it.
         documents: (D,), what identifies a document within its subject.
-        missing_gold: why ``gold`` is None.
+        missing_gold: why ``is_gold`` is None.
+        alone: (N, D, C), each member's log-probabilities as its own run would have them, where that is another
+            scale than the one that all members share; None where it is the same.
 
     Raises:
         EnsembleError: from the constructor, for shapes that disagree, a NaN, distributions that do not sum
@@ -46,10 +49,11 @@ class Predictions:
 
     log_probabilities: FloatArray
     counts: IntArray
-    gold: IntArray | None
+    is_gold: BoolArray | None
     subjects: StringArray
     documents: StringArray
     missing_gold: str = ""
+    alone: FloatArray | None = None
 
     def __post_init__(self) -> None:
         values = as_float(self.log_probabilities, "log_probabilities", ndim=3)
@@ -72,8 +76,8 @@ class Predictions:
         if off.any():
             member, index = first_index(off)
             raise EnsembleError(f"the choices of document {index} do not sum to 1 for member {member}")
-        if self.gold is not None:
-            as_gold(self.gold, d, self.counts)
+        if self.is_gold is not None:
+            as_is_gold(self.is_gold, self.counts, c)
 
     @classmethod
     def from_scores(
@@ -91,7 +95,7 @@ class Predictions:
 
         Args:
             loglikelihoods: (N, D, C), nats, padded with −inf; (D, C) is taken as a single member.
-            gold: (D,), index of the correct choice, or None if unknown.
+            gold: (D,), index of the right choice, or (D, C) booleans where several may be; None if unknown.
             counts: (D,), number of choices; C everywhere if left out.
             subjects: (D,) labels, or one for all.
             documents: (D,) identifiers; 0 to D − 1 if left out.
@@ -122,7 +126,7 @@ class Predictions:
         return cls(
             log_probabilities=log_p,
             counts=sizes,
-            gold=None if gold is None else as_gold(gold, d, sizes),
+            is_gold=None if gold is None else as_is_gold(gold, sizes, log_p.shape[2]),
             subjects=np.broadcast_to(np.asarray(subjects, dtype=np.str_), (d,)),
             documents=np.asarray(np.arange(d) if documents is None else documents).astype(np.str_),
             missing_gold=missing_gold if gold is None else "",
@@ -144,22 +148,19 @@ class Predictions:
                 "cannot be pooled; evaluate them with one ensemble"
             )
         width = max(part.log_probabilities.shape[2] for part in parts)
-        padded = [
-            np.pad(
-                part.log_probabilities,
-                ((0, 0), (0, 0), (0, width - part.log_probabilities.shape[2])),
-                constant_values=-np.inf,
-            )
-            for part in parts
-        ]
-        golds = [part.gold for part in parts if part.gold is not None]
+        padded = [widen(part.log_probabilities, width, -np.inf) for part in parts]
+        golds = [widen(part.is_gold, width) for part in parts if part.is_gold is not None]
+        alone = [part.alone if part.alone is not None else part.log_probabilities for part in parts]
         return cls(
             log_probabilities=np.concatenate(padded, axis=1),
             counts=np.concatenate([part.counts for part in parts]),
-            gold=np.concatenate(golds) if len(golds) == len(parts) else None,
+            is_gold=np.concatenate(golds) if len(golds) == len(parts) else None,
             subjects=np.concatenate([part.subjects for part in parts]),
             documents=np.concatenate([part.documents for part in parts]),
-            missing_gold=next((part.missing_gold for part in parts if part.gold is None), ""),
+            missing_gold=next((part.missing_gold for part in parts if part.is_gold is None), ""),
+            alone=np.concatenate([widen(a, width, -np.inf) for a in alone], axis=1)
+            if any(part.alone is not None for part in parts)
+            else None,
         )
 
     @property
@@ -212,22 +213,35 @@ class Predictions:
 
     @cached_property
     def correct(self) -> BoolArray:
-        """(D,): whether argmax_c p̄(c) is the gold choice; the first of equal ones is chosen."""
-        right: BoolArray = self.mixture.argmax(axis=1) == self.require_gold()
+        """(D,): whether argmax_c p̄(c) is a gold choice; the first of equal ones is chosen."""
+        right: BoolArray = self.require_gold()[np.arange(self.n_documents), self.mixture.argmax(axis=1)]
         return right
 
-    def require_gold(self) -> IntArray:
-        """Return ``gold``.
+    @cached_property
+    def log_gold_mass(self) -> FloatArray:
+        """(D,): log P_G in nats, the logarithm of the mass that p̄ gives to the gold choices; −inf if none."""
+        golds = np.where(self.require_gold(), self.log_mixture, -np.inf)
+        with np.errstate(divide="ignore"):
+            mass: FloatArray = special.logsumexp(golds, axis=1)
+        return mass
+
+    @cached_property
+    def has_several_golds(self) -> bool:
+        """Whether some document has more than one right choice."""
+        return self.is_gold is not None and bool((self.is_gold.sum(axis=1) > 1).any())
+
+    def require_gold(self) -> BoolArray:
+        """Return ``is_gold``, (D, C).
 
         Raises:
             EnsembleError: it is unknown; the message says why.
         """
-        if self.gold is None:
+        if self.is_gold is None:
             raise EnsembleError(f"the gold answers are needed and unknown: {self.missing_gold}")
-        return self.gold
+        return self.is_gold
 
     def only(self, members: Sequence[int]) -> Predictions:
-        """Return the ensemble of these members only.
+        """Return the ensemble of these members only, on the scale that all members share.
 
         Raises:
             EnsembleError: none, or one that does not exist.
@@ -236,11 +250,23 @@ class Predictions:
             raise EnsembleError(f"members {list(members)} asked for; there are 0 to {self.n_members - 1}")
         return self.with_log_probabilities(self.log_probabilities[list(members)])
 
+    def member(self, index: int) -> Predictions:
+        """Return one member as its own run would have it: on its own scale, where that is another.
+
+        Raises:
+            EnsembleError: there is no such member.
+        """
+        if self.alone is None or not 0 <= index < self.n_members:
+            return self.only([index])
+        return self.with_log_probabilities(self.alone[[index]])
+
     def with_log_probabilities(self, log_probabilities: FloatArray) -> Predictions:
         """Return the same documents with other distributions (N', D, C)."""
-        return Predictions(
-            log_probabilities, self.counts, self.gold, self.subjects, self.documents, self.missing_gold
-        )
+        return replace(self, log_probabilities=log_probabilities, alone=None)
+
+    def with_members_alone(self, log_probabilities: FloatArray) -> Predictions:
+        """Return the same with each member's own distributions (N, D, C), which :meth:`member` then gives."""
+        return replace(self, alone=log_probabilities)
 
     def take(self, documents: npt.ArrayLike) -> Predictions:
         """Return a selection of the documents, by index or by mask."""
@@ -248,11 +274,18 @@ class Predictions:
         return Predictions(
             self.log_probabilities[:, index],
             self.counts[index],
-            None if self.gold is None else self.gold[index],
+            None if self.is_gold is None else self.is_gold[index],
             self.subjects[index],
             self.documents[index],
             self.missing_gold,
+            None if self.alone is None else self.alone[:, index],
         )
+
+
+def widen(array: Any, width: int, fill: float = 0) -> Any:
+    """Return ``array`` (…, C) with its last axis padded to ``width`` choices by ``fill``."""
+    missing = [(0, 0)] * (array.ndim - 1) + [(0, width - array.shape[-1])]
+    return np.pad(array, missing, constant_values=fill)
 
 
 def same_documents(a: Predictions, b: Predictions) -> bool:
@@ -276,8 +309,9 @@ def check_same_documents(a: Predictions, b: Predictions) -> None:
             "run both with the same tasks, --limit and --samples"
         )
     differs = (a.subjects != b.subjects) | (a.documents != b.documents) | (a.counts != b.counts)
-    if a.gold is not None and b.gold is not None:
-        differs |= a.gold != b.gold
+    if a.is_gold is not None and b.is_gold is not None:
+        width = max(a.is_gold.shape[1], b.is_gold.shape[1])
+        differs |= (widen(a.is_gold, width) != widen(b.is_gold, width)).any(axis=1)
     if differs.any():
         (index,) = first_index(differs)
         raise EnsembleError(

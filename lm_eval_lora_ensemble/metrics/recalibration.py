@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
+import numpy.typing as npt
 from scipy import optimize, special
 
 from lm_eval_lora_ensemble.errors import EnsembleError
-from lm_eval_lora_ensemble.metrics.arrays import FloatArray, IntArray
+from lm_eval_lora_ensemble.metrics.arrays import BoolArray, FloatArray, as_is_gold
 from lm_eval_lora_ensemble.metrics.choices import log_choice_probabilities
 from lm_eval_lora_ensemble.metrics.predictions import Predictions
 
@@ -72,26 +73,32 @@ def _search(loss: Callable[[float], float]) -> TemperatureScaling:
     return TemperatureScaling(float(np.exp(found.x)))
 
 
-def _loss(log_p: FloatArray, gold: IntArray) -> float:
-    """Return the mean negative log-likelihood of (D, C) log-probabilities."""
-    return float(-log_p[np.arange(len(gold)), gold].mean())
+def _log_gold_mass(log_p: FloatArray, is_gold: BoolArray) -> FloatArray:
+    """Return (…, D) log P_G of (…, D, C) log-probabilities."""
+    with np.errstate(divide="ignore"):
+        mass: FloatArray = special.logsumexp(np.where(is_gold, log_p, -np.inf), axis=-1)
+    return mass
 
 
-def _check(log_p: FloatArray, gold: IntArray) -> None:
-    impossible = np.isneginf(log_p[np.arange(len(gold)), gold])
+def _checked(log_p: FloatArray, gold: npt.ArrayLike) -> BoolArray:
+    """Return which choices of (D, C) are right, some of them possible in every document."""
+    d, c = log_p.shape
+    is_gold = as_is_gold(gold, np.full(d, c), c)
+    impossible = np.isneginf(_log_gold_mass(log_p, is_gold))
     if impossible.any():
         raise EnsembleError(
             f"the gold answer of document {int(np.argmax(impossible))} has probability 0: "
             "no temperature mends that"
         )
+    return is_gold
 
 
-def fit_temperature(log_p: FloatArray, gold: IntArray) -> TemperatureScaling:
+def fit_temperature(log_p: FloatArray, gold: npt.ArrayLike) -> TemperatureScaling:
     """Fit the temperature of least mean negative log-likelihood.
 
     Args:
         log_p: (D, C) log-probabilities, nats; −inf for padding.
-        gold: (D,) index of the correct choice.
+        gold: (D,) index of the right choice, or (D, C) booleans where several may be.
 
     Returns:
         T within :data:`TEMPERATURE_RANGE`; see :attr:`TemperatureScaling.at_limit`.
@@ -99,36 +106,35 @@ def fit_temperature(log_p: FloatArray, gold: IntArray) -> TemperatureScaling:
     Raises:
         EnsembleError: a gold answer of probability 0.
     """
-    _check(log_p, gold)
-    return _search(lambda t: _loss(TemperatureScaling(t)(log_p), gold))
+    is_gold = _checked(log_p, gold)
+    return _search(lambda t: float(-_log_gold_mass(TemperatureScaling(t)(log_p), is_gold).mean()))
 
 
-def fit_shared_temperature(log_p: FloatArray, gold: IntArray) -> TemperatureScaling:
+def fit_shared_temperature(log_p: FloatArray, gold: npt.ArrayLike) -> TemperatureScaling:
     """Fit one temperature for all members that minimises the loss of their pool.
 
     Args:
         log_p: (N, D, C) members' log-probabilities, nats.
-        gold: (D,) index of the correct choice.
+        gold: (D,) index of the right choice, or (D, C) booleans where several may be.
 
     Raises:
         EnsembleError: a gold answer to which every member gives probability 0.
     """
-    _check(log_p.max(axis=0), gold)
-    n, d = len(log_p), np.arange(len(gold))
+    is_gold, n = _checked(log_p.max(axis=0), gold), len(log_p)
 
     def loss(t: float) -> float:
-        chosen = TemperatureScaling(t)(log_p)[:, d, gold]
-        return float(np.log(n) - special.logsumexp(chosen, axis=0).mean())
+        mass = _log_gold_mass(TemperatureScaling(t)(log_p), is_gold)
+        return float(np.log(n) - special.logsumexp(mass, axis=0).mean())
 
     return _search(loss)
 
 
-def fit_vector(log_p: FloatArray, gold: IntArray) -> VectorScaling:
+def fit_vector(log_p: FloatArray, gold: npt.ArrayLike) -> VectorScaling:
     """Fit a slope and an offset for each choice position by L-BFGS.
 
     Args:
         log_p: (D, C) log-probabilities, nats, all finite.
-        gold: (D,) index of the correct choice.
+        gold: (D,) index of the right choice, or (D, C) booleans where several may be.
 
     Raises:
         EnsembleError: documents with fewer choices than others, or a probability of 0.
@@ -138,14 +144,18 @@ def fit_vector(log_p: FloatArray, gold: IntArray) -> VectorScaling:
             "vector scaling needs the same choices, none of probability 0, in every document; use temperature"
         )
     d, c = log_p.shape
-    one_hot = np.eye(c)[gold]
+    is_gold = _checked(log_p, gold)
 
     def loss(parameters: FloatArray) -> tuple[float, FloatArray]:
         slope, offset = np.split(parameters, 2)
         scaled = log_choice_probabilities(log_p * slope + offset)
-        residual = (np.exp(scaled) - one_hot) / d
+        mass = _log_gold_mass(scaled, is_gold)
+        within = np.where(
+            is_gold, np.exp(scaled - mass[:, None]), 0.0
+        )  # a gold choice's share of the gold mass
+        residual = (np.exp(scaled) - within) / d
         gradient = np.concatenate([(residual * log_p).sum(axis=0), residual.sum(axis=0)])
-        return _loss(scaled, gold), gradient
+        return float(-mass.mean()), gradient
 
     start = np.concatenate([np.ones(c), np.zeros(c)])
     # Separable data have no finite optimum; the bounds give one that is as good as certain.
@@ -202,7 +212,7 @@ def recalibrate(
             "they come from two ensembles"
         )
     gold = calibration.require_gold()
-    fit: Callable[[FloatArray, IntArray], TemperatureScaling | VectorScaling]
+    fit: Callable[[FloatArray, BoolArray], TemperatureScaling | VectorScaling]
     fit = fit_temperature if how == "temperature" else fit_vector
     if order == "pool_then_calibrate":
         pooled = fit(calibration.log_mixture, gold)

@@ -70,7 +70,7 @@ def make_report(
 
 
 def _unknown_golds(run: Run) -> dict[str, str]:
-    return {name: p.missing_gold for name, p in run.tasks.items() if p.gold is None}
+    return {name: p.missing_gold for name, p in run.tasks.items() if p.is_gold is None}
 
 
 def _left_out(entries: Sequence[Entry]) -> list[str]:

@@ -32,7 +32,7 @@ class Document:
         number: lm-eval's doc_id.
         question: the end of the context, "" where the samples file holds no text.
         choices: their texts, "" each where there is none.
-        gold: index of the correct choice, −1 where unknown.
+        golds: indices of the right choices; empty where unknown.
         mixture: (C,) p̄.
         members: (N, C).
         entropy: H[p̄], nats.
@@ -45,7 +45,7 @@ class Document:
     number: int
     question: str
     choices: tuple[str, ...]
-    gold: int
+    golds: list[int]
     mixture: tuple[float, ...]
     members: tuple[tuple[float, ...], ...]
     entropy: float
@@ -78,7 +78,7 @@ def _interesting(predictions: Predictions, each: int) -> dict[int, tuple[int, ..
     """Return the reasons of every document picked, by its index."""
     p = predictions.probabilities
     scores = [predictive_entropy(p)]
-    wrong = ~predictions.correct if predictions.gold is not None else np.zeros(p.shape[1], dtype=bool)
+    wrong = ~predictions.correct if predictions.is_gold is not None else np.zeros(p.shape[1], dtype=bool)
     scores.append(np.where(wrong, predictions.confidence, -np.inf))
     scores.append(mutual_information(p) if len(p) > 1 else np.full(p.shape[1], -np.inf))
     reasons: dict[int, tuple[int, ...]] = {}
@@ -112,7 +112,7 @@ def _documents(
                 number=number,
                 question=question,
                 choices=(*choices, *("",) * c)[:c],
-                gold=-1 if predictions.gold is None else int(predictions.gold[d]),
+                golds=[] if predictions.is_gold is None else np.flatnonzero(predictions.is_gold[d]).tolist(),
                 mixture=tuple(predictions.mixture[d, :c].tolist()),
                 members=tuple(map(tuple, predictions.probabilities[:, d, :c].tolist())),
                 entropy=float(entropy[d]),

@@ -86,7 +86,7 @@ def _name(*parts: object) -> str:
 
 def _of_task(index: int, entry: Entry, task: str, settings: Settings) -> Iterator[Illustration]:
     p = entry.run.predictions(task)
-    if p.gold is None:
+    if p.is_gold is None:
         return
     n = f"{p.n_documents} documents, {p.n_members} member{'s' if p.n_members > 1 else ''}"
     yield Illustration(

@@ -175,7 +175,7 @@ def leaderboard(entries: Sequence[Entry], settings: Settings) -> Iterator[Board]
 def _draw(index: int, entry: Entry, name: str, settings: Settings) -> list[_Drawn]:
     """Return the rows of one run on one task: the ensemble, its mean member and its best one."""
     predictions = entry.run.predictions(name)
-    if predictions.gold is None:
+    if predictions.is_gold is None:
         return []
     plan = report_plan(name, predictions, settings)
 
@@ -186,7 +186,7 @@ def _draw(index: int, entry: Entry, name: str, settings: Settings) -> list[_Draw
     whole = draw(predictions)
     if n == 1:
         return [_Drawn(index, "model", entry.label, whole, predictions)]
-    members = [draw(predictions.only([m])) for m in range(n)]
+    members = [draw(predictions.member(m)) for m in range(n)]
     best = int(np.argmin([member.value["nll"] for member in members]))
     return [
         _Drawn(index, "ensemble", entry.label, whole, predictions),

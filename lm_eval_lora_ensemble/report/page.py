@@ -150,7 +150,7 @@ def _document(document: Document) -> dict[str, Any]:
         "number": document.number,
         "question": document.question,
         "choices": document.choices,
-        "gold": document.gold,
+        "golds": document.golds,
         "percent": _percent(document.mixture),
         "members": [_percent(member) for member in document.members],
         "entropy": round(document.entropy, 4),

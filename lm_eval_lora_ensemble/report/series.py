@@ -86,7 +86,7 @@ def make_series(entries: Sequence[Entry], settings: Settings) -> list[Series]:
         runs = sorted((e for e in entries if e.series == number), key=lambda e: e.run.epoch or 0)
         for task in dict.fromkeys(name for e in runs for name in e.run.top_level()):
             by_epoch = {e.run.epoch or 0: e.run.predictions(task) for e in runs if task in e.run}
-            known = {epoch: p for epoch, p in by_epoch.items() if p.gold is not None}
+            known = {epoch: p for epoch, p in by_epoch.items() if p.is_gold is not None}
             if len(known) >= 2:
                 series.append(_series(labels[number], task, known, settings))
     return [one for one in series if len(one.points) >= 2]
@@ -140,7 +140,7 @@ def _both(
     whole = bootstrap(statistics(predictions), plan)
     if predictions.n_members == 1:
         return whole, whole
-    members = [predictions.only([m]) for m in range(predictions.n_members)]
+    members = [predictions.member(m) for m in range(predictions.n_members)]
     return whole, mean_of([bootstrap(statistics(member), plan) for member in members])
 
 

@@ -32,14 +32,13 @@ def accuracy(predictions: Predictions) -> FloatArray:
     range="0–∞",
     in_table=True,
     column="nll",
-    definition="mean of −log p̄(gold), nats",
+    definition="mean of −log P_G, nats; P_G is the mass of p̄ on the gold choices",
     source="Good 1952",
 )
 def nll(predictions: Predictions) -> FloatArray:
     """(D,): from log p̄ and not from p̄, which a long continuation can underflow."""
-    gold = predictions.require_gold()
-    # adding 0 turns the −0 of a certain answer into 0
-    loss: FloatArray = -predictions.log_mixture[np.arange(len(gold)), gold] + 0.0
+    # adding 0 turns the −0 of a certain answer into 0; rounding may leave a mass of 1 + 1e-16
+    loss: FloatArray = -np.minimum(predictions.log_gold_mass, 0.0) + 0.0
     return loss
 
 
@@ -50,7 +49,7 @@ def nll(predictions: Predictions) -> FloatArray:
     range="0–2",
     in_table=True,
     column="brier",
-    definition="mean of Σ_c (p̄(c) − 1[c = gold])²",
+    definition="mean of (1 − P_G)² + Σ_{c ∉ G} p̄(c)²; Σ_c (p̄(c) − 1[c = gold])² for one gold choice",
     source="Brier 1950",
 )
 def brier_score(predictions: Predictions) -> FloatArray:

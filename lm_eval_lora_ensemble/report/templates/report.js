@@ -140,8 +140,8 @@
   // ------------------------------------------------------------------ documents
   const PAGE = 20;
   const argmax = (percent) => percent.indexOf(Math.max(...percent));
-  const isWrong = (d) => d.gold >= 0 && argmax(d.percent) !== d.gold;
-  const isRight = (d) => d.gold >= 0 && argmax(d.percent) === d.gold;
+  const isRight = (d) => d.golds.includes(argmax(d.percent));
+  const isWrong = (d) => d.golds.length > 0 && !isRight(d);
   const confidence = (d) => Math.max(...d.percent);
   const orders = [(d) => d.entropy, confidence, (d) => d.information];
   const byId = (id) => document.getElementById(id);
@@ -168,7 +168,7 @@
     const answers = make("div", undefined, "answers");
     d.percent.forEach((percent, c) => {
       const text = d.choices[c] || `choice ${c + 1}`;
-      answers.append(make("div", c === d.gold ? `✓ ${text}` : text, c === d.gold ? "text gold" : "text"));
+      answers.append(make("div", d.golds.includes(c) ? `✓ ${text}` : text, d.golds.includes(c) ? "text gold" : "text"));
       const bar = make("div", undefined, "bar");
       const length = make("i");
       length.style.width = `${(percent * 0.055).toFixed(2)}rem`;
