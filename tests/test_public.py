@@ -52,12 +52,14 @@ def test_the_loaded_ensembles_example_runs(in_release):
 def test_every_function_of_a_public_room_has_an_example_that_runs(room, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     package = getattr(lm_eval_lora_ensemble, room)
+    registry = lm_eval_lora_ensemble.metrics.METRICS
+    monkeypatch.setattr(registry, "_metrics", dict(registry))  # what an example registers ends with the test
     for name in package.__all__:
         thing = getattr(package, name)
-        if not callable(thing) or isinstance(thing, type):
+        if not callable(thing):
             continue
         found = doctests(thing)
-        assert found, f"{room}.{name} has no example"
+        assert found or isinstance(thing, type), f"{room}.{name} has no example"
         for test in found:
             assert not doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test).failed, name
 

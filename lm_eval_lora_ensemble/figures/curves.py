@@ -76,6 +76,14 @@ def plot_curves(
 
     Raises:
         EnsembleError: no curve.
+
+    Example:
+        >>> from lm_eval_lora_ensemble import figures, metrics
+        >>> estimate = metrics.Estimate(0.7, 0.1, 0.0, (0.5, 0.9), (0.5, 0.9), (0.5, 0.9))
+        >>> curve = figures.Curve("ensemble", x=(1, 2), estimates=(estimate, estimate))
+        >>> ax = figures.plot_curves([curve], ylabel="accuracy", reference=0.5, reference_label="chance")
+        >>> [line.get_label() for line in ax.get_lines()]
+        ['ensemble', 'chance']
     """
     if not curves:
         raise EnsembleError(f"there is no curve to draw of {ylabel!r}")

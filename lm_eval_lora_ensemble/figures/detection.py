@@ -48,6 +48,14 @@ def plot_detection(
 
     Raises:
         EnsembleError: no task, or none with a score.
+
+    Example:
+        >>> from lm_eval_lora_ensemble import figures, metrics
+        >>> sure = metrics.Predictions.from_scores([[9.0, 0.0], [0.0, 8.0]], gold=None)
+        >>> unsure = metrics.Predictions.from_scores([[0.0, 0.1], [0.2, 0.0]], gold=None)
+        >>> ax = figures.plot_detection({"other task": metrics.detect(sure, unsure, resamples=50)})
+        >>> [line.get_label() for line in ax.get_lines()]
+        ['chance, 0.5', 'max probability', 'entropy', 'expected entropy']
     """
     scores = list(dict.fromkeys(score for by_score in rows.values() for score in by_score))
     if not scores:

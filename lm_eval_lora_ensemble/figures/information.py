@@ -53,6 +53,13 @@ def plot_information_map(
 
     Returns:
         The Axes; for a single member they hold a sentence and no points.
+
+    Example:
+        >>> from lm_eval_lora_ensemble import figures, metrics
+        >>> scores = [[[2.0, 0.0], [0.0, 1.0]], [[3.0, 0.0], [1.0, 0.5]]]
+        >>> ax = figures.plot_information_map(metrics.Predictions.from_scores(scores, gold=[0, 0]))
+        >>> [points.get_label() for points in ax.collections]
+        ['right (1)', 'wrong (1)']
     """
     ax = axes_or_new(ax, height=5.0)
     ax.set(xlabel=ENTROPY_LABELS["predictive_entropy"], ylabel=ENTROPY_LABELS["mutual_information"])
@@ -142,6 +149,16 @@ def plot_uncertainty_histograms(
 
     Returns:
         The Axes; for mutual information of a single member they hold a sentence instead.
+
+    Example:
+        >>> from lm_eval_lora_ensemble import figures, metrics
+        >>> sure = metrics.Predictions.from_scores([[9.0, 0.0], [0.0, 8.0]], gold=None)
+        >>> unsure = metrics.Predictions.from_scores([[0.0, 0.1]], gold=None)
+        >>> ax = figures.plot_uncertainty_histograms(
+        ...     sure, {"b": unsure}, score="predictive_entropy", in_domain_name="a"
+        ... )
+        >>> ax.get_legend_handles_labels()[1]
+        ['a, in-domain (n = 2)', 'b, out-of-domain (n = 1)']
     """
     ax = axes_or_new(ax, height=4.2 + 0.2 * len(out_of_domain))
     ax.set(xlabel=ENTROPY_LABELS[score], ylabel="share of documents in the bin")

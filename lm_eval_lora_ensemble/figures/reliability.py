@@ -58,6 +58,13 @@ def plot_reliability(
 
     Raises:
         EnsembleError: unknown gold answers, ``bins`` < 1, ``level`` outside (0, 1).
+
+    Example:
+        >>> from lm_eval_lora_ensemble import figures, metrics
+        >>> predictions = metrics.Predictions.from_scores([[2.0, 0.0], [0.0, 1.0]], gold=[0, 0])
+        >>> ax = figures.plot_reliability(predictions)
+        >>> [text.get_text() for text in ax.texts if text.get_text().isdigit()]  # documents in each filled bin
+        ['1', '1']
     """
     confidence, correct = predictions.confidence, predictions.correct
     table = reliability_table(confidence, correct, bins, level=level)
@@ -137,6 +144,13 @@ def plot_confidence_histogram(
 
     Raises:
         EnsembleError: unknown gold answers, ``bins`` < 1.
+
+    Example:
+        >>> from lm_eval_lora_ensemble import figures, metrics
+        >>> predictions = metrics.Predictions.from_scores([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]], gold=[0, 0, 0])
+        >>> ax = figures.plot_confidence_histogram(predictions)
+        >>> [bars.get_label() for bars in ax.containers]
+        ['right (2)', 'wrong (1)']
     """
     confidence, correct = predictions.confidence, predictions.correct
     edges = bin_edges(confidence, bins)

@@ -60,6 +60,13 @@ def plot_risk_coverage(
 
     Raises:
         EnsembleError: unknown gold answers, ``resamples`` < 2, ``level`` outside (0, 1).
+
+    Example:
+        >>> from lm_eval_lora_ensemble import figures, metrics
+        >>> predictions = metrics.Predictions.from_scores([[2.0, 0.0], [0.0, 1.0]], gold=[0, 0])
+        >>> ax = figures.plot_risk_coverage(predictions)
+        >>> [line.get_label() for line in ax.get_lines()][:3]
+        ['one member, AURC 0.250', 'oracle, AURC 0.250', 'random, AURC 0.500']
     """
     error = ~predictions.correct
     d, rate = predictions.n_documents, float(error.mean())

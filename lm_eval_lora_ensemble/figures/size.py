@@ -24,12 +24,20 @@ def plot_by_size(
 
     Args:
         rows: from :func:`~lm_eval_lora_ensemble.metrics.ensemble_size.by_size`.
-        metric: one of :data:`~lm_eval_lora_ensemble.metrics.registry.METRICS`.
+        metric: one of :data:`~lm_eval_lora_ensemble.metrics.registry.METRICS` that the rows hold.
         title: of the figure.
         ax: where to draw; a new figure if left out.
 
     Raises:
         EnsembleError: no rows, or no such metric.
+        KeyError: a metric that the rows do not hold.
+
+    Example:
+        >>> from lm_eval_lora_ensemble import figures, metrics
+        >>> predictions = metrics.Predictions.from_scores([[[2.0, 0.0]], [[0.0, 1.0]]], gold=[0])
+        >>> ax = figures.plot_by_size(metrics.by_size(predictions), metric="nll")
+        >>> ax.get_ylabel(), ax.get_xticks().tolist()
+        ('nll (nats, lower is better)', [1, 2])
     """
     if not rows:
         raise EnsembleError("there is no ensemble size to draw; give the rows of by_size")

@@ -182,6 +182,14 @@ def save(drawn: Axes | Figure, path: Path) -> tuple[Path, Path]:
 
     Raises:
         OSError: they cannot be written.
+
+    Example:
+        >>> from lm_eval_lora_ensemble import figures, metrics
+        >>> from pathlib import Path
+        >>> predictions = metrics.Predictions.from_scores([[2.0, 0.0], [0.0, 1.0]], gold=[0, 0])
+        >>> files = figures.save(figures.plot_reliability(predictions), Path("reliability"))
+        >>> [file.name for file in files]
+        ['reliability.svg', 'reliability.png']
     """
     figure = drawn if isinstance(drawn, Figure) else drawn.figure.canvas.figure  # of a subfigure: the whole
     svg, png = path.with_name(f"{path.name}.svg"), path.with_name(f"{path.name}.png")

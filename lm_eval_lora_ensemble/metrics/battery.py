@@ -21,10 +21,24 @@ from lm_eval_lora_ensemble.metrics.registry import METRICS
 
 
 def uncertainty_scores(predictions: Predictions) -> dict[str, FloatArray]:
-    """Return the scores that rank documents, (D,) each; higher is always less certain.
+    """Return the scores that rank documents; higher is always less certain.
 
-    ``max_probability`` is 1 − max p̄. Mutual information is rounded to 1e-12 nats, so that members that do
-    not differ tie instead of being ranked by rounding errors; it is left out for a single member.
+    Mutual information is rounded to 1e-12 nats, so that members that do not differ tie instead of being ranked
+    by rounding errors.
+
+    Args:
+        predictions: gold answers are not needed.
+
+    Returns:
+        (D,) each: ``max_probability``, which is 1 − max p̄, in [0, 1 − 1/C]; ``entropy`` (predictive) and
+        ``expected_entropy``, nats, in [0, ln C]; with several members ``mutual_information``, nats, in
+        [0, ln N].
+
+    Example:
+        >>> from lm_eval_lora_ensemble import metrics
+        >>> predictions = metrics.Predictions.from_scores([[[0.0, 0.0]], [[0.0, 0.0]]], gold=None)
+        >>> {name: round(float(score[0]), 3) for name, score in metrics.uncertainty_scores(predictions).items()}
+        {'max_probability': 0.5, 'entropy': 0.693, 'expected_entropy': 0.693, 'mutual_information': 0.0}
     """
     p = predictions.probabilities
     scores = {
@@ -171,8 +185,10 @@ class Battery:
         EnsembleError: the gold answers are unknown; from the first call, ``bins`` < 1.
 
     Example:
-        >>> predictions = Predictions.from_scores([[0.0, 1.0], [2.0, 0.0]], [1, 0])
-        >>> Battery(predictions, metrics=["accuracy"])(np.ones((1, 2)))
+        >>> import numpy as np
+        >>> from lm_eval_lora_ensemble import metrics
+        >>> predictions = metrics.Predictions.from_scores([[0.0, 1.0], [2.0, 0.0]], [1, 0])
+        >>> metrics.Battery(predictions, metrics=["accuracy"])(np.ones((1, 2)))
         {'accuracy': array([1.])}
     """
 

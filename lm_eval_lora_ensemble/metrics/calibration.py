@@ -152,6 +152,11 @@ def expected_calibration_error(
 
     Raises:
         EnsembleError: no documents, lengths that differ, values outside their range, ``bins`` < 1.
+
+    Example:
+        >>> from lm_eval_lora_ensemble import metrics
+        >>> round(metrics.expected_calibration_error([0.9, 0.6], [True, False]), 3)  # (0.1 + 0.6) / 2
+        0.35
     """
     return float(CalibrationBins(confidence, correct, bins, binning).sums().l1()[0])
 
@@ -166,6 +171,11 @@ def rms_calibration_error(
 
     Returns:
         In [0, 1], lower is better; never below ECE of the same bins.
+
+    Example:
+        >>> from lm_eval_lora_ensemble import metrics
+        >>> round(metrics.rms_calibration_error([0.9, 0.7], [True, False]), 3)  # √((0.01 + 0.49) / 2)
+        0.5
     """
     return float(CalibrationBins(confidence, correct, bins, binning).sums().l2()[0])
 
@@ -208,6 +218,14 @@ def reliability_table(
 
     Raises:
         EnsembleError: as :func:`expected_calibration_error`, or ``level`` outside (0, 1).
+
+    Example:
+        >>> from lm_eval_lora_ensemble import metrics
+        >>> unsure, sure = metrics.reliability_table([0.9, 0.7], [True, False], bins=2)
+        >>> unsure.n, sure.n, round(sure.confidence, 3), sure.accuracy
+        (0, 2, 0.8, 0.5)
+        >>> round(sure.accuracy_low, 3), round(sure.accuracy_high, 3)
+        (0.095, 0.905)
     """
     from scipy.stats import norm
 
@@ -239,6 +257,11 @@ def maximum_calibration_error(
 
     Returns:
         In [0, 1], lower is better. One document in a bin can set it: read it with the reliability table.
+
+    Example:
+        >>> from lm_eval_lora_ensemble import metrics
+        >>> round(metrics.maximum_calibration_error([0.9, 0.6], [True, False]), 3)
+        0.6
     """
     return float(CalibrationBins(confidence, correct, bins, binning).sums().largest()[0])
 
@@ -257,6 +280,13 @@ def debiased_squared_calibration_error(
     Returns:
         In [−0.25, 1], lower is better. Negative means: not distinguishable from calibrated. It is left
         squared and signed, since taking a root would need it clamped and so biased again.
+
+    Example:
+        >>> from lm_eval_lora_ensemble import metrics
+        >>> metrics.debiased_squared_calibration_error([1.0, 1.0], [False, False])
+        1.0
+        >>> metrics.debiased_squared_calibration_error([0.5, 0.5], [True, False])
+        -0.25
     """
     return float(CalibrationBins(confidence, correct, bins, binning).sums().squared_debiased()[0])
 
@@ -270,6 +300,11 @@ def confidence_gap(confidence: npt.ArrayLike, correct: npt.ArrayLike) -> float:
 
     Raises:
         EnsembleError: as :func:`expected_calibration_error`.
+
+    Example:
+        >>> from lm_eval_lora_ensemble import metrics
+        >>> round(metrics.confidence_gap([0.9, 0.7], [True, False]), 3)  # 0.8 − 0.5
+        0.3
     """
     c, right = _checked(confidence, correct)
     return float(c.mean() - right.mean())

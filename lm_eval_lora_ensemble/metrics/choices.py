@@ -27,6 +27,11 @@ def log_choice_probabilities(loglikelihoods: npt.ArrayLike) -> FloatArray:
 
     Raises:
         EnsembleError: a NaN, a +inf, or a document all of whose choices are −inf.
+
+    Example:
+        >>> from lm_eval_lora_ensemble import metrics
+        >>> metrics.log_choice_probabilities([-7.0, -7.0]).round(3).tolist()  # −ln 2
+        [-0.693, -0.693]
     """
     values = as_float(loglikelihoods, "loglikelihoods")
     if values.ndim == 0:
@@ -58,6 +63,11 @@ def choice_probabilities(loglikelihoods: npt.ArrayLike) -> FloatArray:
 
     Raises:
         EnsembleError: as :func:`log_choice_probabilities`.
+
+    Example:
+        >>> from lm_eval_lora_ensemble import metrics
+        >>> metrics.choice_probabilities([-7.0, -7.0, float("-inf")]).round(3).tolist()
+        [0.5, 0.5, 0.0]
     """
     probabilities: FloatArray = np.exp(log_choice_probabilities(loglikelihoods))
     return probabilities
@@ -79,6 +89,12 @@ def with_other_class(loglikelihoods: npt.ArrayLike) -> FloatArray:
     Raises:
         EnsembleError: a NaN, or letters that sum to more than 1 + 1e-6, as scores that are not single-token
             log-probabilities do.
+
+    Example:
+        >>> from lm_eval_lora_ensemble import metrics
+        >>> from math import log
+        >>> metrics.with_other_class([log(0.5), log(0.3)]).round(3).tolist()
+        [0.5, 0.3, 0.2]
     """
     values = as_float(loglikelihoods, "loglikelihoods")
     if values.ndim == 0:
@@ -112,6 +128,11 @@ def ensemble_probabilities(members: npt.ArrayLike) -> FloatArray:
 
     Raises:
         EnsembleError: not probabilities over at least two choices.
+
+    Example:
+        >>> from lm_eval_lora_ensemble import metrics
+        >>> metrics.ensemble_probabilities([[1.0, 0.0], [0.5, 0.5]]).tolist()
+        [0.75, 0.25]
     """
     probabilities = as_probabilities(members, "members")
     if probabilities.ndim < 2:

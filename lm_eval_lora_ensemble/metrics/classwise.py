@@ -67,6 +67,13 @@ def classwise_calibration_error(
 
     Raises:
         EnsembleError: not probabilities, or a gold outside the choices.
+
+    Example:
+        >>> from lm_eval_lora_ensemble import metrics
+        >>> metrics.classwise_calibration_error([[1.0, 0.0], [1.0, 0.0]], [0, 0])
+        0.0
+        >>> metrics.classwise_calibration_error([[1.0, 0.0], [1.0, 0.0]], [0, 1])
+        0.5
     """
     columns = ClasswiseBins(p, gold, bins, counts)
     return float(classwise_l1(columns.sums(np.ones((1, len(np.asarray(gold))))))[0])
@@ -151,6 +158,12 @@ def brier_decomposition(
 
     Raises:
         EnsembleError: not probabilities, a gold outside the choices, or several of them.
+
+    Example:
+        >>> from lm_eval_lora_ensemble import metrics
+        >>> parts = metrics.brier_decomposition([[1.0, 0.0], [1.0, 0.0]], [0, 1])
+        >>> float(parts.reliability), float(parts.resolution), float(parts.uncertainty)
+        (0.5, 0.0, 0.5)
     """
     from lm_eval_lora_ensemble.metrics.proper_scores import brier_score
 

@@ -139,8 +139,20 @@ def conformal_sets(
         penalty: of ``raps``.
         free_ranks: of ``raps``.
 
+    Returns:
+        The test documents' sets; with too few calibration documents for ``alpha`` they hold every choice.
+
     Raises:
         EnsembleError: unknown gold answers or method, or ``alpha`` outside (0, 1).
+
+    Example:
+        >>> from lm_eval_lora_ensemble import metrics
+        >>> from math import log
+        >>> scores = [[log(0.75), log(0.25)]] * 4
+        >>> predictions = metrics.Predictions.from_scores(scores, gold=[0, 0, 0, 1])
+        >>> sets = metrics.conformal_sets(predictions, predictions, alpha=0.5)  # threshold 1 − 0.75
+        >>> sets.coverage, sets.mean_size, round(sets.threshold, 3)
+        (0.75, 1.0, 0.25)
     """
     rng = np.random.default_rng(seed)
     gold = calibration.require_gold()

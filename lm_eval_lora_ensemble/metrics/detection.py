@@ -84,7 +84,16 @@ def detect(
         only with several members).
 
     Raises:
-        EnsembleError: the two sides have different numbers of members.
+        EnsembleError: the two sides have different numbers of members, ``resamples`` < 2, or ``level`` outside
+            (0, 1).
+
+    Example:
+        >>> from lm_eval_lora_ensemble import metrics
+        >>> sure = metrics.Predictions.from_scores([[9.0, 0.0], [0.0, 8.0]], gold=None)
+        >>> unsure = metrics.Predictions.from_scores([[0.0, 0.1], [0.2, 0.0]], gold=None)
+        >>> found = metrics.detect(sure, unsure, resamples=50)
+        >>> found["entropy"].auroc.value, found["entropy"].fpr95.value
+        (1.0, 0.0)
     """
     if in_domain.n_members != out_of_domain.n_members:
         raise EnsembleError(

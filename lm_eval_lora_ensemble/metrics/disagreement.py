@@ -35,6 +35,11 @@ def agreement(p: npt.ArrayLike, q: npt.ArrayLike) -> FloatArray:
 
     Raises:
         EnsembleError: not probabilities, or shapes that differ.
+
+    Example:
+        >>> from lm_eval_lora_ensemble import metrics
+        >>> metrics.agreement([[0.9, 0.1], [0.6, 0.4]], [[0.8, 0.2], [0.3, 0.7]]).tolist()
+        [1.0, 0.0]
     """
     first, second = _pair(p, q)
     same: FloatArray = (first.argmax(axis=-1) == second.argmax(axis=-1)).astype(np.float64)
@@ -48,6 +53,11 @@ def total_variation(p: npt.ArrayLike, q: npt.ArrayLike) -> FloatArray:
 
     Returns:
         (...,), in [0, 1]: the largest difference in the probability of any set of choices.
+
+    Example:
+        >>> from lm_eval_lora_ensemble import metrics
+        >>> metrics.total_variation([[1.0, 0.0], [0.5, 0.5]], [[0.0, 1.0], [0.5, 0.5]]).tolist()
+        [1.0, 0.0]
     """
     first, second = _pair(p, q)
     distance: FloatArray = 0.5 * np.abs(first - second).sum(axis=-1)
@@ -61,6 +71,13 @@ def kl_divergence(p: npt.ArrayLike, q: npt.ArrayLike) -> FloatArray:
 
     Returns:
         (...,), nats, in [0, ∞]; infinite where q rules out what p does not.
+
+    Example:
+        >>> from lm_eval_lora_ensemble import metrics
+        >>> round(float(metrics.kl_divergence([1.0, 0.0], [0.5, 0.5])), 3)  # ln 2
+        0.693
+        >>> float(metrics.kl_divergence([0.5, 0.5], [1.0, 0.0]))
+        inf
     """
     first, second = _pair(p, q)
     divergence: FloatArray = special.rel_entr(first, second).sum(axis=-1)
@@ -93,17 +110,54 @@ def pairwise_agreement(p: npt.ArrayLike) -> FloatArray:
 
     Raises:
         EnsembleError: not probabilities.
+
+    Example:
+        >>> from lm_eval_lora_ensemble import metrics
+        >>> members = [[[0.9, 0.1]], [[0.8, 0.2]], [[0.3, 0.7]]]  # one of three pairs agrees
+        >>> round(float(metrics.pairwise_agreement(members)[0]), 3)
+        0.333
     """
     return _mean_over_pairs(p, agreement, ordered=False)
 
 
 def pairwise_total_variation(p: npt.ArrayLike) -> FloatArray:
-    """Return the mean total variation distance between two members: (D,), in [0, 1], NaN for one member."""
+    """Return the mean total variation distance between two members.
+
+    Args:
+        p: (N, D, C) members' probabilities.
+
+    Returns:
+        (D,), in [0, 1]; NaN for one member.
+
+    Raises:
+        EnsembleError: not probabilities.
+
+    Example:
+        >>> from lm_eval_lora_ensemble import metrics
+        >>> metrics.pairwise_total_variation([[[1.0, 0.0]], [[0.5, 0.5]]]).tolist()
+        [0.5]
+    """
     return _mean_over_pairs(p, total_variation, ordered=False)
 
 
 def pairwise_kl(p: npt.ArrayLike) -> FloatArray:
-    """Return the mean KL divergence over ordered pairs of members: (D,), nats, ≥ 0, NaN for one member."""
+    """Return the mean Kullback–Leibler divergence over ordered pairs of members.
+
+    Args:
+        p: (N, D, C) members' probabilities.
+
+    Returns:
+        (D,), nats, in [0, ∞]; NaN for one member.
+
+    Raises:
+        EnsembleError: not probabilities.
+
+    Example:
+        >>> from lm_eval_lora_ensemble import metrics
+        >>> members = [[[0.75, 0.25]], [[0.25, 0.75]]]  # ½ ln 3, either way round
+        >>> round(float(metrics.pairwise_kl(members)[0]), 3)
+        0.549
+    """
     return _mean_over_pairs(p, kl_divergence, ordered=True)
 
 
@@ -120,6 +174,12 @@ def variation_ratio(p: npt.ArrayLike) -> FloatArray:
 
     Raises:
         EnsembleError: not probabilities.
+
+    Example:
+        >>> from lm_eval_lora_ensemble import metrics
+        >>> members = [[[0.9, 0.1]], [[0.8, 0.2]], [[0.7, 0.3]], [[0.3, 0.7]]]  # one of four dissents
+        >>> metrics.variation_ratio(members).tolist()
+        [0.25]
     """
     members = as_probabilities(p, ndim=3)
     votes = members.argmax(axis=2)

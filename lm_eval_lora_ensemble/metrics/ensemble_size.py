@@ -67,7 +67,15 @@ def by_size(
         N rows, k ascending.
 
     Raises:
-        EnsembleError: unknown gold answers, or ``max_subsets`` < 1.
+        EnsembleError: unknown gold answers that a metric needs, ``bins`` < 1, or ``max_subsets`` < 1.
+
+    Example:
+        >>> from lm_eval_lora_ensemble import metrics
+        >>> scores = [[[0.0, 1.0], [2.0, 0.0]], [[0.0, 3.0], [0.0, 1.0]]]  # the second member gets one wrong
+        >>> predictions = metrics.Predictions.from_scores(scores, gold=[1, 0])
+        >>> rows = metrics.by_size(predictions, metrics=["accuracy"])
+        >>> [(row.members, row.subsets, row.mean["accuracy"]) for row in rows]
+        [(1, 2, 0.75), (2, 1, 1.0)]
     """
     if max_subsets < 1:
         raise EnsembleError(f"max_subsets is {max_subsets}; at least one subset of each size is needed")

@@ -28,6 +28,11 @@ def entropy(p: npt.ArrayLike) -> FloatArray:
 
     Raises:
         EnsembleError: not probabilities.
+
+    Example:
+        >>> from lm_eval_lora_ensemble import metrics
+        >>> metrics.entropy([[0.5, 0.5], [1.0, 0.0]]).round(3).tolist()  # ln 2, 0
+        [0.693, 0.0]
     """
     total: FloatArray = special.entr(np.minimum(as_probabilities(p), 1.0)).sum(axis=-1)
     return total
@@ -44,6 +49,12 @@ def predictive_entropy(p: npt.ArrayLike) -> FloatArray:
 
     Raises:
         EnsembleError: not probabilities.
+
+    Example:
+        >>> from lm_eval_lora_ensemble import metrics
+        >>> members = [[[1.0, 0.0]], [[0.0, 1.0]]]  # both certain, of different choices
+        >>> round(float(metrics.predictive_entropy(members)[0]), 3)  # ln 2
+        0.693
     """
     return entropy(as_probabilities(p, ndim=3).mean(axis=0))
 
@@ -59,6 +70,12 @@ def expected_entropy(p: npt.ArrayLike) -> FloatArray:
 
     Raises:
         EnsembleError: not probabilities.
+
+    Example:
+        >>> from lm_eval_lora_ensemble import metrics
+        >>> members = [[[1.0, 0.0]], [[0.5, 0.5]]]
+        >>> round(float(metrics.expected_entropy(members)[0]), 3)  # ½ ln 2
+        0.347
     """
     mean: FloatArray = entropy(as_probabilities(p, ndim=3)).mean(axis=0)
     return mean
@@ -80,6 +97,14 @@ def mutual_information(p: npt.ArrayLike) -> FloatArray:
     Raises:
         EnsembleError: not probabilities, or a value below −1e-9, which by Jensen's inequality only a
             mistake in the computation can give.
+
+    Example:
+        >>> from lm_eval_lora_ensemble import metrics
+        >>> members = [[[1.0, 0.0]], [[0.0, 1.0]]]  # both certain, of different choices
+        >>> round(float(metrics.mutual_information(members)[0]), 3)  # ln 2
+        0.693
+        >>> float(metrics.mutual_information([[[0.5, 0.5]], [[0.5, 0.5]]])[0])
+        0.0
     """
     information = predictive_entropy(p) - expected_entropy(p)
     if (information < -MUTUAL_INFORMATION_TOLERANCE).any():

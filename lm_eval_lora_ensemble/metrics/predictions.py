@@ -45,6 +45,15 @@ class Predictions:
     Raises:
         EnsembleError: from the constructor, for shapes that disagree, a NaN, distributions that do not sum
             to 1, padding with probability, fewer than two choices, or a gold outside the choices.
+
+    Example:
+        >>> from lm_eval_lora_ensemble import metrics
+        >>> scores = [[[0.0, 2.0], [1.0, 0.0]], [[0.0, 4.0], [0.0, 1.0]]]  # 2 members, 2 documents, 2 choices
+        >>> predictions = metrics.Predictions.from_scores(scores, gold=[1, 1])
+        >>> predictions.n_members, predictions.n_documents, predictions.mixture.sum(axis=1).tolist()
+        (2, 2, [1.0, 1.0])
+        >>> predictions.confidence.round(3).tolist(), predictions.correct.tolist()
+        ([0.931, 0.5], [True, False])
     """
 
     log_probabilities: FloatArray

@@ -20,6 +20,11 @@ def negative_loglikelihood(p: npt.ArrayLike, gold: npt.ArrayLike) -> FloatArray:
 
     Raises:
         EnsembleError: not probabilities, or a gold outside the choices.
+
+    Example:
+        >>> from lm_eval_lora_ensemble import metrics
+        >>> metrics.negative_loglikelihood([[0.5, 0.5], [1.0, 0.0]], [0, 0]).round(3).tolist()  # ln 2, 0
+        [0.693, 0.0]
     """
     probabilities = as_probabilities(p, ndim=2)
     chosen = (probabilities * _is_gold(gold, probabilities)).sum(axis=1)
@@ -45,6 +50,11 @@ def brier_score(p: npt.ArrayLike, gold: npt.ArrayLike) -> FloatArray:
 
     Raises:
         EnsembleError: not probabilities, or a gold outside the choices.
+
+    Example:
+        >>> from lm_eval_lora_ensemble import metrics
+        >>> metrics.brier_score([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]], [0, 0, 0]).tolist()
+        [0.0, 0.5, 2.0]
     """
     probabilities = as_probabilities(p, ndim=2)
     is_gold = _is_gold(gold, probabilities)

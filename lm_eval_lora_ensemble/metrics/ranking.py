@@ -127,6 +127,11 @@ def auroc(score: npt.ArrayLike, positive: npt.ArrayLike) -> float:
 
     Raises:
         EnsembleError: a NaN score, no documents, or lengths that differ.
+
+    Example:
+        >>> from lm_eval_lora_ensemble import metrics
+        >>> metrics.auroc([0.1, 0.9], [0, 1]), metrics.auroc([0.9, 0.1], [0, 1]), metrics.auroc([0.5, 0.5], [0, 1])
+        (1.0, 0.0, 0.5)
     """
     return float(Ranking(score, positive).runs().auroc()[0])
 
@@ -140,6 +145,11 @@ def average_precision(score: npt.ArrayLike, positive: npt.ArrayLike) -> float:
 
     Returns:
         In [0, 1]; chance is the share of positives. NaN without a positive.
+
+    Example:
+        >>> from lm_eval_lora_ensemble import metrics
+        >>> metrics.average_precision([0.1, 0.9], [0, 1]), metrics.average_precision([0.9, 0.1], [0, 1])
+        (1.0, 0.5)
     """
     return float(Ranking(score, positive).runs().average_precision()[0])
 
@@ -154,6 +164,13 @@ def false_positive_rate_at(score: npt.ArrayLike, positive: npt.ArrayLike, recall
 
     Returns:
         In [0, 1], lower is better; NaN if all documents are of one class.
+
+    Example:
+        >>> from lm_eval_lora_ensemble import metrics
+        >>> metrics.false_positive_rate_at([0.1, 0.6, 0.5, 0.9], [0, 0, 1, 1], recall=0.95)
+        0.5
+        >>> metrics.false_positive_rate_at([0.1, 0.6, 0.5, 0.9], [0, 0, 1, 1], recall=0.5)
+        0.0
     """
     if not 0 < recall <= 1:
         raise EnsembleError(f"recall is {recall}; a share in (0, 1] is needed")

@@ -105,6 +105,14 @@ def fit_temperature(log_p: FloatArray, gold: npt.ArrayLike) -> TemperatureScalin
 
     Raises:
         EnsembleError: a gold answer of probability 0.
+
+    Example:
+        >>> from lm_eval_lora_ensemble import metrics
+        >>> import numpy as np
+        >>> log_p, gold = np.log([[0.9, 0.1]] * 4), np.array([0, 0, 0, 1])  # 0.9 sure, right 3 times in 4
+        >>> scaling = metrics.fit_temperature(log_p, gold)
+        >>> round(scaling.temperature, 3), np.exp(scaling(log_p[0])).round(3).tolist()  # ln 9 / ln 3
+        (2.0, [0.75, 0.25])
     """
     is_gold = _checked(log_p, gold)
     return _search(lambda t: float(-_log_gold_mass(TemperatureScaling(t)(log_p), is_gold).mean()))
@@ -114,11 +122,21 @@ def fit_shared_temperature(log_p: FloatArray, gold: npt.ArrayLike) -> Temperatur
     """Fit one temperature for all members that minimises the loss of their pool.
 
     Args:
-        log_p: (N, D, C) members' log-probabilities, nats.
+        log_p: (N, D, C) members' log-probabilities, nats; −inf for padding.
         gold: (D,) index of the right choice, or (D, C) booleans where several may be.
+
+    Returns:
+        T within :data:`TEMPERATURE_RANGE`; see :attr:`TemperatureScaling.at_limit`.
 
     Raises:
         EnsembleError: a gold answer to which every member gives probability 0.
+
+    Example:
+        >>> from lm_eval_lora_ensemble import metrics
+        >>> import numpy as np
+        >>> log_p, gold = np.log([[[0.9, 0.1]] * 4] * 2), np.array([0, 0, 0, 1])  # two equal members
+        >>> round(metrics.fit_shared_temperature(log_p, gold).temperature, 3)  # ln 9 / ln 3
+        2.0
     """
     is_gold, n = _checked(log_p.max(axis=0), gold), len(log_p)
 
@@ -136,8 +154,19 @@ def fit_vector(log_p: FloatArray, gold: npt.ArrayLike) -> VectorScaling:
         log_p: (D, C) log-probabilities, nats, all finite.
         gold: (D,) index of the right choice, or (D, C) booleans where several may be.
 
+    Returns:
+        Slopes, and offsets less their mean, (C,) each; both are sought in [−100, 100].
+
     Raises:
         EnsembleError: documents with fewer choices than others, or a probability of 0.
+
+    Example:
+        >>> from lm_eval_lora_ensemble import metrics
+        >>> import numpy as np
+        >>> log_p, gold = np.log([[0.9, 0.1]] * 4), np.array([0, 0, 0, 1])  # 0.9 sure, right 3 times in 4
+        >>> scaling = metrics.fit_vector(log_p, gold)
+        >>> scaling.slope.shape, np.exp(scaling(log_p[0])).round(3).tolist()
+        ((2,), [0.75, 0.25])
     """
     if not np.isfinite(log_p).all():
         raise EnsembleError(
@@ -202,9 +231,21 @@ def recalibrate(
         order: see above.
         how: one temperature, or a slope and an offset for each choice position.
 
+    Returns:
+        The test documents' new predictions, with what was fitted.
+
     Raises:
         EnsembleError: different numbers of members, unknown gold answers, an unknown order, a shared vector
-            scaling, or vector scaling of ragged documents.
+            scaling, vector scaling of ragged documents, or a gold answer of probability 0.
+
+    Example:
+        >>> from lm_eval_lora_ensemble import metrics
+        >>> from math import log
+        >>> scores = [[[log(0.9), log(0.1)]] * 4] * 2  # two members, 0.9 sure, right 3 times in 4
+        >>> predictions = metrics.Predictions.from_scores(scores, gold=[0, 0, 0, 1])
+        >>> mended = metrics.recalibrate(predictions, predictions)
+        >>> mended.predictions.confidence.round(3).tolist(), mended.predictions.n_members
+        ([0.75, 0.75, 0.75, 0.75], 1)
     """
     if calibration.n_members != test.n_members:
         raise EnsembleError(

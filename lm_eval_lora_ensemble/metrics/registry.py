@@ -204,12 +204,15 @@ def metric(
     Raises:
         EnsembleError: a bad name, or one that another module has registered.
 
-    Example::
-
-        @metric(per_document=True, family="calibration", direction="higher", range="0–1", needs_gold=False,
-                definition="share of documents answered with a confidence of at least 0.9")
-        def share_sure(predictions):
-            return (predictions.confidence >= 0.9).astype(float)
+    Example:
+        >>> from lm_eval_lora_ensemble import metrics
+        >>> @metrics.metric(per_document=True, family="calibration", direction="higher", range="0–1",
+        ...                 needs_gold=False, definition="share of documents with a confidence of at least 0.9")
+        ... def share_sure(predictions):
+        ...     return (predictions.confidence >= 0.9).astype(float)
+        >>> predictions = metrics.Predictions.from_scores([[0.0, 9.0], [0.0, 0.0]], gold=None)
+        >>> float(metrics.METRICS["share_sure"].compute(predictions).mean())
+        0.5
     """
 
     def register(compute: _Function) -> _Function:

@@ -105,8 +105,19 @@ def risk_coverage(uncertainty: npt.ArrayLike, error: npt.ArrayLike) -> RiskCover
         uncertainty: (D,), higher is less certain: 1 − max p, entropy, mutual information.
         error: (D,), 1 where the answer is wrong.
 
+    Returns:
+        The curve, a point for each distinct score; rates, coverages and areas in [0, 1].
+
     Raises:
         EnsembleError: a NaN score, no documents, or lengths that differ.
+
+    Example:
+        >>> from lm_eval_lora_ensemble import metrics
+        >>> curve = metrics.risk_coverage([0.1, 0.4], [False, True])
+        >>> curve.coverage.tolist(), curve.risk.tolist()
+        ([0.5, 1.0], [0.0, 0.5])
+        >>> curve.aurc, curve.excess_aurc
+        (0.25, 0.0)
     """
     runs = Ranking(uncertainty, error).runs()
     area = float(area_under_risk_coverage(runs)[0])
@@ -125,6 +136,11 @@ def accuracy_at_coverage(uncertainty: npt.ArrayLike, error: npt.ArrayLike, cover
 
     Returns:
         In [0, 1], higher is better.
+
+    Example:
+        >>> from lm_eval_lora_ensemble import metrics
+        >>> metrics.accuracy_at_coverage([0.1, 0.2, 0.3, 0.4], [0, 1, 1, 1], coverage=0.5)
+        0.5
     """
     if not 0 < coverage <= 1:
         raise EnsembleError(f"coverage is {coverage}; a share in (0, 1] is needed")
@@ -141,6 +157,11 @@ def coverage_at_risk(uncertainty: npt.ArrayLike, error: npt.ArrayLike, risk: flo
 
     Returns:
         In [0, 1], higher is better; 0 if even the most certain documents are wrong too often.
+
+    Example:
+        >>> from lm_eval_lora_ensemble import metrics
+        >>> metrics.coverage_at_risk([0.1, 0.2, 0.3, 0.4], [0, 0, 0, 1], risk=0.05)
+        0.75
     """
     if not 0 <= risk <= 1:
         raise EnsembleError(f"risk is {risk}; a rate in [0, 1] is needed")
