@@ -28,10 +28,14 @@ from lm_eval.tasks import TaskManager
 from sqlitedict import SqliteDict
 from string_tasks import write_string_tasks
 
+from lm_eval_lora_ensemble import cli
+from lm_eval_lora_ensemble.analysis.runs import load_runs
+from lm_eval_lora_ensemble.analysis.strings import StringReader, evaluate_strings
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.harness import strings
 from lm_eval_lora_ensemble.harness.cache import OWNER_KEY, read_older_scores
 from lm_eval_lora_ensemble.harness.model import LoraEnsembleLM
+from lm_eval_lora_ensemble.metrics.bootstrap import ResamplingPlan
 from lm_eval_lora_ensemble.metrics.strings import STRING_METRICS, linearised, quantities, ratio
 from lm_eval_lora_ensemble.scoring.loglikelihood import EnsembleLoglikelihood
 
@@ -413,3 +417,61 @@ def test_a_document_of_several_strings_is_left_as_it_is(ensemble, tmp_path, capl
 def test_scores_of_two_ensembles_are_not_put_together():
     with pytest.raises(EnsembleError, match=r"different numbers of members \(\[2, 3\]\)"):
         strings._number_of_members([[-1.0, -2.0], [-1.0, -2.0, -3.0]])
+
+
+# --------------------------------------------------------------------------------------------- analysis
+
+
+def test_analyse_reads_what_was_saved(saved, ours, tmp_path, capsys):
+    command = ["analyse", str(saved), "--resamples", "500", "--json", str(tmp_path / "now.json")]
+    assert cli.main(command) == 0
+    printed = capsys.readouterr().out
+    assert "pages: 6 whole strings" in printed and "left out: pages" not in printed
+    (run,) = json.loads((tmp_path / "now.json").read_text())["runs"]
+    for task in ("last_word", "pages", "own_counts", "bytes_only"):
+        row, found = ours["results"][task], run["strings"][task]
+        shown = {key.partition(",")[0] for key in row} & set(STRING_METRICS)
+        assert found["metrics"].keys() == shown
+        for name, estimate in found["metrics"].items():
+            assert estimate["value"] == pytest.approx(row[f"{name},none"], rel=1e-6), (task, name)
+            assert estimate["bca"][0] is None or estimate["bca"][0] <= estimate["value"] <= estimate["bca"][1]
+        for name, members in found["members"].items():
+            assert np.mean(members) == pytest.approx(row[f"member_{name},none"], rel=1e-6)
+    # two ways to the same standard error
+    estimate = run["strings"]["last_word"]["metrics"]["nll_per_token"]
+    expected = ours["results"]["last_word"]["nll_per_token_stderr,none"]
+    assert estimate["standard_error"] == pytest.approx(expected, rel=0.2)
+
+
+def test_the_report_says_that_whole_strings_are_left_out(saved, tmp_path, capsys):
+    assert cli.main(["report", str(saved), "--output", str(tmp_path / "report"), "--resamples", "20"]) != 0
+    assert "pages: its documents are whole strings without choices" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"members": [-1.0, -2.0]}, r"line 2: 2 members, 3 before"),
+        ({"doc_id": 0}, r"line 2: document 0 occurs twice"),
+        ({"nll_per_token": [3.5, 4]}, r"line 2: the logged nll_per_token does not follow from the scores"),
+        ({"nll_per_byte": "x"}, r"line 2: not a sample of whole strings"),
+        ({"members": [[-1.0, -2.0, -3.0]]}, r"line 2: not a sample of whole strings"),
+    ],
+)
+def test_samples_that_cannot_be_trusted_are_refused(saved, tmp_path, change, message):
+    (file,) = saved.rglob("samples_pages_*.jsonl")
+    lines = sorted((json.loads(line) for line in file.open()), key=lambda line: line["doc_id"])
+    lines[1].update(change)
+    (tmp_path / file.name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(EnsembleError, match=message):
+        load_runs(tmp_path)
+
+
+def test_a_logged_name_of_the_tasks_own_is_not_taken_for_ours():
+    reader = StringReader(Path("samples.jsonl"))
+    mine = quantities([[-4.0], [-6.0]])
+    sample = {"doc_id": 0, "members": [-4.0, -6.0], "nll_per_token": 0.5}
+    reader.add({**sample, "ensemble_nll_per_token": [float(mine["nll"][0]), 2]}, 1)
+    found = evaluate_strings(reader.scores(), ResamplingPlan(1, 10))
+    assert found.metrics["nll_per_token"].value == pytest.approx(float(mine["nll"][0]) / 2)
+    assert found.members["nll_per_token"] == (2.0, 3.0)

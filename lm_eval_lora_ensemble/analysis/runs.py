@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_lora_ensemble.analysis.samples import read_task
+from lm_eval_lora_ensemble.analysis.strings import StringScores
 from lm_eval_lora_ensemble.disk import NOT_TO_READ
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.metrics.predictions import Predictions
@@ -38,6 +39,7 @@ class Run:
         skipped: why a task or group is left out, by name.
         files: the samples file of each task.
         seconds: what the evaluation took, where lm-eval recorded it.
+        strings: tasks of whole strings by name, which are in ``skipped`` too: they have no choices.
     """
 
     source: str
@@ -48,6 +50,7 @@ class Run:
     skipped: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     seconds: float | None = None
+    strings: Mapping[str, StringScores] = field(default_factory=dict)
 
     @cached_property
     def identity(self) -> str:
@@ -77,7 +80,8 @@ class Run:
     @property
     def n_members(self) -> int:
         """N, the same for all tasks."""
-        return next(iter(self.tasks.values())).n_members
+        scored: list[Predictions | StringScores] = [*self.tasks.values(), *self.strings.values()]
+        return scored[0].n_members
 
     def __contains__(self, name: str) -> bool:
         """Whether ``name`` is a task or a group of this run."""
@@ -224,7 +228,7 @@ def merge_runs(runs: Sequence[Run]) -> list[Run]:
     for run in runs:
         for i, other in enumerate(merged):
             known = run.identity and run.identity == other.identity
-            if known and not set(run.tasks) & set(other.tasks):
+            if known and not {*run.tasks, *run.strings} & {*other.tasks, *other.strings}:
                 merged[i] = replace(
                     other,
                     source=f"{other.source}, {run.source}",
@@ -233,6 +237,7 @@ def merge_runs(runs: Sequence[Run]) -> list[Run]:
                     skipped={**other.skipped, **run.skipped},
                     files={**other.files, **run.files},
                     seconds=_sum(other.seconds, run.seconds),
+                    strings={**other.strings, **run.strings},
                 )
                 break
         else:
@@ -243,16 +248,22 @@ def merge_runs(runs: Sequence[Run]) -> list[Run]:
 def _read_run(folder: Path, date: str, files: Mapping[str, Path], asked: Path) -> Run:
     results = _results_beside(folder, date)
     tasks: dict[str, Predictions] = {}
+    strings: dict[str, StringScores] = {}
     skipped: dict[str, str] = {}
     for task, file in sorted(files.items()):
         read = read_task(file, task, of_ensemble="lora_ensemble" in (results.get("config") or {}))
         if isinstance(read, str):
             skipped[task] = read
+        elif isinstance(read, StringScores):
+            strings[task] = read
+            skipped[task] = (
+                "its documents are whole strings without choices; lora-ensemble analyse has its values"
+            )
         else:
             tasks[task] = read
-    if not tasks:
+    if not tasks and not strings:
         raise EnsembleError(f"{asked}: no task can be analysed: {next(iter(skipped.items()), '')}")
-    sizes = {task: p.n_members for task, p in tasks.items()}
+    sizes = {task: p.n_members for task, p in tasks.items()} | {t: s.n_members for t, s in strings.items()}
     if len(set(sizes.values())) > 1:
         raise EnsembleError(
             f"{folder}: tasks of one run have different numbers of members ({sizes}); "
@@ -272,6 +283,7 @@ def _read_run(folder: Path, date: str, files: Mapping[str, Path], asked: Path) -
         skipped,
         {task: str(files[task]) for task in tasks},
         _seconds(results),
+        strings,
     )
 
 

@@ -66,7 +66,7 @@ class LoraEnsembleLM(HFLM):
         epoch: take this epoch's adapter of every member; 0 is the base model alone, the prior.
         average: ``probability`` (log-mean-exp of the members' sequence loglikelihoods: the Bayesian model
             average) or ``loglikelihood`` (their arithmetic mean: a log-opinion pool).
-        uncertainty_metrics: report the uncertainty metrics on every multiple-choice task of the run.
+        uncertainty_metrics: report the uncertainty metrics on every task of multiple choice or whole strings.
         allow_base_mismatch: accept adapters that name another base model than ``pretrained``.
         **kwargs: everything lm-eval's ``hf`` takes, except ``peft`` and ``delta``.
 
