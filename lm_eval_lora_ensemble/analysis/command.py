@@ -17,6 +17,7 @@ from lm_eval_lora_ensemble.disk import write_json
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.metrics.bootstrap import Estimate
 from lm_eval_lora_ensemble.metrics.registry import METRICS
+from lm_eval_lora_ensemble.metrics.strings import STRING_METRICS
 
 _ARROWS = {"higher": "↑", "lower": "↓", "": ""}
 
@@ -120,6 +121,19 @@ def _print_result(result: UncertaintyResult, shown: list[str]) -> None:
             f"{name}, temperature fitted on {fitted}",
             ("order", "T", "nll ↓", "brier ↓", "ece ↓", "nll, change"),
             rows,
+        )
+    for name, strings in result.strings.items():
+        _table(
+            f"{name}: {strings.documents} whole strings",
+            ("metric", "value", "each member"),
+            [
+                (
+                    f"{metric} {_ARROWS[STRING_METRICS[metric].direction]}".strip(),
+                    _cell(estimate),
+                    ", ".join(map(_number, strings.members.get(metric, ()))),
+                )
+                for metric, estimate in strings.metrics.items()
+            ],
         )
     for name, reason in result.skipped.items():
         print(f"left out: {name}: {reason}")

@@ -48,7 +48,8 @@ def compare(a: Run, b: Run, settings: Settings | None = None) -> dict[str, Compa
     chosen = settings or Settings()
     names = [name for name in a.names() if name in b]
     if not names:
-        raise EnsembleError(f"{a.source} and {b.source} have no task in common")
+        strings = "; whole strings are not compared" if a.strings or b.strings else ""
+        raise EnsembleError(f"{a.source} and {b.source} have no task in common{strings}")
     results = {}
     for name in names:
         first, second = a.predictions(name), b.predictions(name)

@@ -16,6 +16,7 @@ from lm_eval_lora_ensemble.analysis.result import (
     UncertaintyResult,
 )
 from lm_eval_lora_ensemble.analysis.runs import Run
+from lm_eval_lora_ensemble.analysis.strings import evaluate_strings
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.metrics import conformal
 from lm_eval_lora_ensemble.metrics.arrays import FloatArray
@@ -73,7 +74,7 @@ def evaluate(
         run.leaves(name)  # raises before the work, not after
     results: dict[str, TaskResult] = {}
     drawn: dict[str, Bootstrapped] = {}
-    skipped = dict(run.skipped)
+    skipped = {name: why for name, why in run.skipped.items() if name not in run.strings}
     # Tasks before groups: a group's macro value is the mean of its tasks' resamples.
     for name in (*run.tasks, *run.groups):
         predictions = run.predictions(name)
@@ -81,7 +82,7 @@ def evaluate(
             skipped[name] = f"gold answers unknown: {predictions.missing_gold}"
             continue
         results[name], drawn[name] = _evaluate_task(name, predictions, run.leaves(name), drawn, chosen)
-    if not results and not ood:
+    if not results and not ood and not run.strings:
         raise EnsembleError(f"{run.source}: no task has gold answers: {skipped}")
 
     return UncertaintyResult(
@@ -93,6 +94,13 @@ def evaluate(
         detection=detect_all(run, ood, chosen),
         recalibration=_recalibrate_all(run, calibrate, chosen) if calibrate else {},
         skipped=skipped,
+        strings={
+            name: evaluate_strings(
+                scores,
+                ResamplingPlan(scores.n_documents, chosen.resamples, chosen.seed, level=chosen.level),
+            )
+            for name, scores in run.strings.items()
+        },
     )
 
 

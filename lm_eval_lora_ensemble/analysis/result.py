@@ -6,11 +6,12 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from lm_eval_lora_ensemble.analysis.strings import StringResult
 from lm_eval_lora_ensemble.metrics.bootstrap import Estimate, ResamplingPlan
 from lm_eval_lora_ensemble.metrics.calibration import DEFAULT_BINS, ReliabilityBin
 from lm_eval_lora_ensemble.metrics.detection import Detection
@@ -144,6 +145,7 @@ class UncertaintyResult:
         detection: by in-domain task, out-of-domain task and score.
         recalibration: by task.
         skipped: why a task or group is left out.
+        strings: tasks of whole strings.
     """
 
     source: str
@@ -154,6 +156,7 @@ class UncertaintyResult:
     detection: dict[str, dict[str, dict[str, Detection]]]
     recalibration: dict[str, list[RecalibrationResult]]
     skipped: dict[str, str]
+    strings: dict[str, StringResult] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; NaN becomes null, infinities the strings "inf" and "-inf"."""

@@ -16,6 +16,7 @@ from typing import Any
 
 from lm_eval_lora_ensemble.analysis.distribution import Distribution, scale_of_run
 from lm_eval_lora_ensemble.analysis.samples import read_task
+from lm_eval_lora_ensemble.analysis.strings import StringScores
 from lm_eval_lora_ensemble.disk import NOT_TO_READ
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.metrics.choice_scores import ChoiceScores
@@ -42,6 +43,7 @@ class Run:
         seconds: what the evaluation took, where lm-eval recorded it.
         scores: the members' scores by task name, which the predictions follow from.
         distribution: which distribution over the choices is judged.
+        strings: tasks of whole strings by name, which are in ``skipped`` too: they have no choices.
     """
 
     source: str
@@ -54,6 +56,7 @@ class Run:
     seconds: float | None = None
     scores: Mapping[str, ChoiceScores] = field(default_factory=dict)
     distribution: Distribution = field(default_factory=Distribution)
+    strings: Mapping[str, StringScores] = field(default_factory=dict)
 
     def under(self, distribution: Distribution) -> Run:
         """Return the same run with its tasks judged by another distribution; what has none is in ``skipped``.
@@ -76,7 +79,7 @@ class Run:
                 tasks[name] = distribution.of(scores, shared)
             except EnsembleError as error:  # noqa: PERF203 - one task without a scale must not hide the others
                 skipped[name] = str(error)
-        if not tasks:
+        if self.scores and not tasks:
             raise EnsembleError(f"{self.source}: {next(iter(skipped.values()))}")
         groups = {
             name: leaves for name, leaves in self.groups.items() if all(leaf in tasks for leaf in leaves)
@@ -112,7 +115,8 @@ class Run:
     @property
     def n_members(self) -> int:
         """N, the same for all tasks."""
-        return next(iter(self.tasks.values())).n_members
+        scored: list[Predictions | StringScores] = [*self.tasks.values(), *self.strings.values()]
+        return scored[0].n_members
 
     def __contains__(self, name: str) -> bool:
         """Whether ``name`` is a task or a group of this run."""
@@ -259,7 +263,7 @@ def merge_runs(runs: Sequence[Run]) -> list[Run]:
     for run in runs:
         for i, other in enumerate(merged):
             known = run.identity and run.identity == other.identity
-            if known and not set(run.tasks) & set(other.tasks):
+            if known and not {*run.tasks, *run.strings} & {*other.tasks, *other.strings}:
                 merged[i] = replace(
                     other,
                     source=f"{other.source}, {run.source}",
@@ -269,6 +273,7 @@ def merge_runs(runs: Sequence[Run]) -> list[Run]:
                     files={**other.files, **run.files},
                     seconds=_sum(other.seconds, run.seconds),
                     scores={**other.scores, **run.scores},
+                    strings={**other.strings, **run.strings},
                 )
                 break
         else:
@@ -279,16 +284,22 @@ def merge_runs(runs: Sequence[Run]) -> list[Run]:
 def _read_run(folder: Path, date: str, files: Mapping[str, Path], asked: Path) -> Run:
     results = _results_beside(folder, date)
     scores: dict[str, ChoiceScores] = {}
+    strings: dict[str, StringScores] = {}
     skipped: dict[str, str] = {}
     for task, file in sorted(files.items()):
         read = read_task(file, task, of_ensemble="lora_ensemble" in (results.get("config") or {}))
         if isinstance(read, str):
             skipped[task] = read
+        elif isinstance(read, StringScores):
+            strings[task] = read
+            skipped[task] = (
+                "its documents are whole strings without choices; lora-ensemble analyse has its values"
+            )
         else:
             scores[task] = read
-    if not scores:
+    if not scores and not strings:
         raise EnsembleError(f"{asked}: no task can be analysed: {next(iter(skipped.items()), '')}")
-    sizes = {task: s.n_members for task, s in scores.items()}
+    sizes = {task: s.n_members for task, s in (*scores.items(), *strings.items())}
     if len(set(sizes.values())) > 1:
         raise EnsembleError(
             f"{folder}: tasks of one run have different numbers of members ({sizes}); "
@@ -309,6 +320,7 @@ def _read_run(folder: Path, date: str, files: Mapping[str, Path], asked: Path) -
         {task: str(files[task]) for task in scores},
         _seconds(results),
         scores,
+        strings=strings,
     )
 
 

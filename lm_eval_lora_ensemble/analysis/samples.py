@@ -22,6 +22,7 @@ from lm_eval_lora_ensemble.analysis.foreign_samples import (
     other_is_inferred,
     single_model_scores,
 )
+from lm_eval_lora_ensemble.analysis.strings import StringReader, StringScores, is_whole_string
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.metrics.arrays import FloatArray
 from lm_eval_lora_ensemble.metrics.choice_scores import ChoiceScores
@@ -80,12 +81,13 @@ class SampledDocument:
     line: int
 
 
-def read_task(path: Path, task: str, *, of_ensemble: bool) -> ChoiceScores | str:
-    """Read a samples file; return why it cannot be analysed if it is not of a multiple-choice task.
+def read_task(path: Path, task: str, *, of_ensemble: bool) -> ChoiceScores | StringScores | str:
+    """Read a samples file; return why it cannot be analysed if it is of neither multiple choice nor whole strings.
 
     In an ensemble's run a task whose samples carry no members' scores is not taken for a single model's.
     """
     documents: dict[int, SampledDocument] = {}
+    strings: StringReader | None = None
     wanted: str | None = None
     for number, sample in iter_samples(path):
         # Several filters log every document several times; the first one is the task's main one.
@@ -94,6 +96,10 @@ def read_task(path: Path, task: str, *, of_ensemble: bool) -> ChoiceScores | str
             continue
         if of_ensemble and "members" not in sample:
             return "its samples carry no members' scores: several gold answers, or uncertainty_metrics=False"
+        if strings or (not documents and is_whole_string(sample)):
+            strings = strings or StringReader(path)
+            strings.add(sample, number)
+            continue
         scores = _scores(sample, f"{path}, line {number}")
         if isinstance(scores, str):
             return scores
@@ -105,6 +111,8 @@ def read_task(path: Path, task: str, *, of_ensemble: bool) -> ChoiceScores | str
             )
         _check_alike(document, next(iter(documents.values()), document), path)
         documents[document.key[0]] = document
+    if strings:
+        return strings.scores()
     if not documents:
         raise EnsembleError(f"{path} holds no sample")
     # Ranks of a distributed run write their documents one rank after another.

@@ -66,7 +66,7 @@ class LoraEnsembleLM(HFLM):
         epoch: take this epoch's adapter of every member; 0 is the base model alone, the prior.
         average: ``probability`` (log-mean-exp of the members' sequence loglikelihoods: the Bayesian model
             average) or ``loglikelihood`` (their arithmetic mean: a log-opinion pool).
-        uncertainty_metrics: report the uncertainty metrics on every multiple-choice task of the run.
+        uncertainty_metrics: report the uncertainty metrics on every task of multiple choice or whole strings.
         allow_base_mismatch: accept adapters that name another base model than ``pretrained``.
         **kwargs: everything lm-eval's ``hf`` takes, except ``peft`` and ``delta``.
 
@@ -269,8 +269,10 @@ class LoraEnsembleLM(HFLM):
             raise error.of(owners[error.index]) from None
         results = []
         for request, count in zip(requests, counts, strict=True):
-            total = sum((next(scores)[0].members for _ in range(count)), np.zeros(self.n_members))
-            result = EnsembleLoglikelihood.average(total, self.average)
+            parts = [next(scores)[0] for _ in range(count)]
+            total = sum((part.members for part in parts), np.zeros(self.n_members))
+            tokens = sum(part.tokens or 0 for part in parts)
+            result = EnsembleLoglikelihood.average(total, self.average, tokens=tokens)
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, result)
             results.append(result)
         return results
@@ -326,7 +328,9 @@ class LoraEnsembleLM(HFLM):
         with bar, torch.inference_mode():
             for i, score in self._scores(requests, override_bs):
                 refuse_nonfinite_score(i, score.loglikelihoods, names, self.model.dtype)
-                value = EnsembleLoglikelihood.average(score.loglikelihoods, self.average)
+                # an encoder–decoder's continuation is cut to max_length, a causal model's is never longer
+                tokens = min(len(requests[i][2]), self.max_length)
+                value = EnsembleLoglikelihood.average(score.loglikelihoods, self.average, tokens=tokens)
                 results[i] = (value, score.is_greedy)
                 texts = requests[i][0]
                 if texts is not None:

@@ -66,7 +66,7 @@ def extend_stock_tasks(
     aggregation: Callable[[Any, dict[str, Any]], dict[str, Any]],
     higher_is_better: Callable[[Any, dict[str, Any]], dict[str, Any]],
 ) -> None:
-    """Let multiple-choice tasks report more than their YAML asks for.
+    """Let tasks report more than their YAML asks for.
 
     Args:
         process_results: (task, document, results, stock metrics) to the document's metrics.

@@ -1,14 +1,15 @@
 """How lm-eval's tasks come to report the metrics.
 
 Two ways lead here. :class:`UncertaintyTask` is what our task YAMLs are made of; it reports the metrics for
-every lm-eval model, a single model being an ensemble of one. :func:`extend_tasks` lets stock multiple-choice
-tasks report them too, for results that carry members' scores; any other model's results carry none, so its
-runs do not change.
+every lm-eval model, a single model being an ensemble of one. :func:`extend_tasks` lets stock tasks of multiple
+choice and of whole strings report them too, for results that carry members' scores; any other model's results
+carry none, so its runs do not change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from lm_eval_lora_ensemble.errors import EnsembleError
-from lm_eval_lora_ensemble.harness import patches
+from lm_eval_lora_ensemble.harness import patches, strings
 from lm_eval_lora_ensemble.harness.aggregation import (
+    RawMetrics,
     aggregations,
     directions,
     extend_group,
@@ -30,7 +32,7 @@ from lm_eval_lora_ensemble.scoring.loglikelihood import EnsembleLoglikelihood
 
 
 def extend_tasks(*, enabled: bool) -> None:
-    """Let stock multiple-choice tasks report uncertainty for results that carry members' scores.
+    """Let stock tasks report uncertainty for results that carry members' scores.
 
     Args:
         enabled: whether the model of the run wants them; asked anew by each ``lora-ensemble`` model.
@@ -41,8 +43,19 @@ def extend_tasks(*, enabled: bool) -> None:
 
 
 def _extend_tables() -> None:
-    patches.extend_group_rows(extend_group)
-    patches.before_aggregation(set_documents_aside)
+    patches.extend_group_rows(_extend_group)
+    patches.before_aggregation(_before_aggregation)
+
+
+def _extend_group(
+    aggregate: Callable[[Any, Any], dict[str, Any]], group: Any, task_metrics: dict[str, Any]
+) -> dict[str, Any]:
+    return strings.extend_group(functools.partial(extend_group, aggregate), group, task_metrics)
+
+
+def _before_aggregation(task: Any, raw_metrics: RawMetrics) -> None:
+    set_documents_aside(task, raw_metrics)
+    strings.set_pairs_aside(task, raw_metrics)
 
 
 class _Switch:
@@ -57,25 +70,33 @@ def _stock_results(
     if isinstance(task, UncertaintyTask):
         return stock  # it extends its own
     carries = _Switch.enabled and isinstance(_first_value(results), EnsembleLoglikelihood)
-    return extended(task, doc, results, stock) if carries else stock
+    return _extended(task, doc, results, stock) if carries else stock
+
+
+def _extended(
+    task: Any, doc: dict[str, Any], results: Sequence[Any], stock: dict[str, Any]
+) -> dict[str, Any]:
+    if task.OUTPUT_TYPE in strings.OUTPUT_TYPES:
+        return strings.extended(task, results, stock)
+    return extended(task, doc, results, stock)
 
 
 def _with_aggregations(task: Any, stock: dict[str, Any]) -> dict[str, Any]:
-    return {**stock, **aggregations(task)} if has_reported(task) else stock
+    return {**stock, **(aggregations(task) if has_reported(task) else strings.aggregations(task))}
 
 
 def _with_directions(task: Any, stock: dict[str, Any]) -> dict[str, Any]:
-    return {**stock, **directions(task)} if has_reported(task) else stock
+    return {**stock, **(directions(task) if has_reported(task) else strings.directions(task))}
 
 
 def _first_value(results: Any) -> Any:
-    """Return the loglikelihood of a document's first request, or None for other kinds of results."""
+    """Return the loglikelihood of a document's first request, or whatever else its first result is."""
     first = results[0] if results else None
-    return first[0] if isinstance(first, (tuple, list)) and first else None
+    return first[0] if isinstance(first, (tuple, list)) and first else first
 
 
 class UncertaintyTask(ConfigurableTask):
-    """A multiple-choice task that reports uncertainty for every model, a plain one being one member.
+    """A task that reports uncertainty for every model, a plain one being one member: multiple choice or whole strings.
 
     In YAML: ``class: !function lm_eval_lora_ensemble.harness.UncertaintyTask``, any key of an lm-eval task,
     and two more:
@@ -102,7 +123,7 @@ class UncertaintyTask(ConfigurableTask):
 
     def process_results(self, doc: dict[str, Any], results: Sequence[Any]) -> dict[str, Any]:
         """Return the stock metrics of one document with ours added, whichever model scored it."""
-        return extended(self, doc, results, super().process_results(doc, results))
+        return _extended(self, doc, results, super().process_results(doc, results))
 
     def aggregation(self) -> dict[str, Any]:
         """Return how each metric is aggregated."""

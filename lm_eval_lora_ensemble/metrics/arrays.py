@@ -103,7 +103,7 @@ def as_is_gold(gold: npt.ArrayLike, counts: npt.ArrayLike, width: int) -> BoolAr
     if len(array) != d or array.shape[1] > width:
         raise EnsembleError(f"gold has shape {array.shape}; ({d}, {width}) is needed")
     is_gold = np.pad(array, ((0, 0), (0, width - array.shape[1])))
-    outside = (is_gold & (np.arange(width) >= sizes[:, None])).any(axis=1)
+    outside = np.asarray((is_gold & (np.arange(width) >= sizes[:, None])).any(axis=1))
     for wrong, what in ((outside, "a gold outside its choices"), (~is_gold.any(axis=1), "no gold choice")):
         if wrong.any():
             raise EnsembleError(f"document {int(np.argmax(wrong))} has {what}")

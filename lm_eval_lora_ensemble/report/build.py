@@ -45,7 +45,9 @@ def make_report(
         tell(f"leaderboard: {board.task}")
         boards.append(board)
     if not boards:
-        reasons = {f"{n}: {why}" for e in entries for n, why in _unknown_golds(e.run).items()}
+        reasons = {
+            f"{n}: {why}" for e in entries for n, why in {**e.run.skipped, **_unknown_golds(e.run)}.items()
+        }
         raise EnsembleError(f"no task of any run has gold answers: {'; '.join(sorted(reasons))}")
     boards.sort(key=lambda board: -len(board.tasks))  # groups first; within equals the runs' own order
     tell("epochs and out-of-domain detection")

@@ -45,33 +45,42 @@ class EnsembleLoglikelihood(float):
 
     Attributes:
         members: float64 [N], each member's loglikelihood of the whole continuation, in nats. Read-only.
+        tokens: how many targets the loglikelihoods are sums over; None where that was not recorded, as in caches
+            of release 0.1.
     """
 
-    __slots__ = ("members",)
+    __slots__ = ("members", "tokens")
     members: npt.NDArray[np.float64]
+    tokens: int | None
 
-    def __new__(cls, value: float, members: npt.ArrayLike) -> EnsembleLoglikelihood:
-        """Attach ``members`` to ``value``; use :meth:`average` to compute the value."""
+    def __new__(
+        cls, value: float, members: npt.ArrayLike, tokens: int | None = None
+    ) -> EnsembleLoglikelihood:
+        """Attach ``members`` and ``tokens`` to ``value``; use :meth:`average` to compute the value."""
         self = super().__new__(cls, value)
         self.members = np.array(members, dtype=np.float64, ndmin=1)
         self.members.setflags(write=False)
+        self.tokens = tokens
         return self
 
     @classmethod
-    def average(cls, members: npt.ArrayLike, how: Average = "probability") -> EnsembleLoglikelihood:
+    def average(
+        cls, members: npt.ArrayLike, how: Average = "probability", *, tokens: int | None = None
+    ) -> EnsembleLoglikelihood:
         """Average members' loglikelihoods [N].
 
         Args:
             members: each member's loglikelihood of one continuation, in nats.
             how: ``probability`` for log-mean-exp, the Bayesian model average; ``loglikelihood`` for the
                 arithmetic mean of the loglikelihoods, an (unnormalised) log-opinion pool.
+            tokens: number of the continuation's targets.
         """
         value = (
             log_mean_exp(members)
             if how == "probability"
             else float(np.asarray(members, dtype=np.float64).mean())
         )
-        return cls(value, members)
+        return cls(value, members, tokens)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (float(self), self.members)
+        return type(self), (float(self), self.members, self.tokens)
