@@ -120,6 +120,29 @@ def test_every_task_and_group_is_listed_as_multiple_choice(manager):
         assert "multiple_choice" in line
 
 
+def test_every_task_and_its_splits_are_in_the_docs(manager):
+    """docs/tasks.md has a row for each, with the splits of its YAML; a subject of MMLU is in its group's row."""
+    page = (PROJECT / "docs" / "tasks.md").read_text(encoding="utf-8")
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in page.splitlines()
+        if line[:2] == "| "
+    ]
+    row_of = {name: row for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+    assert set(manager.all_groups) <= set(row_of)
+    for name in manager.all_subtasks:
+        if name.startswith("mmlu_uq_"):
+            continue
+        entry = load_yaml(manager.task_index[name].yaml_path, resolve_func=False)
+        stock = load_yaml(STOCK_TASKS / entry["stock"], resolve_func=False) if "stock" in entry else {}
+        config = {**stock, **entry}
+        *_, training, validation, test = row_of[name]
+        for cell, key in ((training, "training_split"), (validation, "validation_split")):
+            assert (cell != "–") == bool(config.get(key)), (name, key)
+        assert test == f"`{config.get('test_split') or config['validation_split']}`" or name in LETTERS
+        assert name not in LETTERS or test == "`validation`"
+
+
 def test_no_name_hides_a_stock_task(manager):
     declared = re.compile(r"""^["']?(?:task|group|tag)["']?:\s*["']?([\w-]+)""", re.MULTILINE)
     stock = {

@@ -37,6 +37,7 @@ SETTINGS = {
     "schedule": {"schedule": "cosine", "warmup_steps": 5, "weight_decay": 0.1, "gradient_clip": None},
     "head": {"target_modules": ["q_proj", "v_proj", "lm_head"], "objective": "answer", "batch_size": 4},
     "head, choices": {"target_modules": ["v_proj", "lm_head"], "gradient_accumulation": 2},
+    "head alone": {"target_modules": ["lm_head"]},
     "head, checkpointing": {"target_modules": ["q_proj", "lm_head"], "gradient_checkpointing": True},
 }
 

@@ -133,16 +133,16 @@ class _AddLoRA(torch.autograd.Function):
         dropout: float,
         seeds: list[int] | None,
     ) -> torch.Tensor:
-        xa = _add_update(y, x, A, B, scaling, dropout, seeds)
+        ctx.settings = {"scaling": scaling, "dropout": dropout, "seeds": seeds}
+        xa = _add_update(y, x, A, B, **ctx.settings)
         ctx.save_for_backward(x, xa, A, B)
-        ctx.settings = scaling, dropout, seeds
         ctx.mark_dirty(y)
         return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = gradients
-        of_inputs = _gradients(grad, *ctx.saved_tensors, *ctx.settings, of_x=ctx.needs_input_grad[1])
+        of_inputs = _gradients(grad, *ctx.saved_tensors, **ctx.settings, of_x=ctx.needs_input_grad[1])
         return grad, *of_inputs, None, None, None
 
 
@@ -164,10 +164,11 @@ class _AddLoRAToShares(torch.autograd.Function):
         seeds: list[int] | None,
         shares: Sequence[int],
     ) -> torch.Tensor:
-        ctx.settings = [(scaling, dropout, seeds and [seeds[m]]) for m in range(len(A))]
+        streams = [[seed] for seed in seeds] if seeds else [None] * len(A)
+        ctx.settings = [{"scaling": scaling, "dropout": dropout, "seeds": stream} for stream in streams]
         ctx.shares = list(shares)
         of_members = zip(_by_member([y, x], [A, B], ctx.shares), ctx.settings, strict=True)
-        xa = torch.cat([_add_update(*tensors, *settings) for tensors, settings in of_members], dim=1)
+        xa = torch.cat([_add_update(*tensors, **settings) for tensors, settings in of_members], dim=1)
         ctx.save_for_backward(x, xa, A, B)
         ctx.mark_dirty(y)
         return y
@@ -178,7 +179,7 @@ class _AddLoRAToShares(torch.autograd.Function):
         x, xa, A, B = ctx.saved_tensors
         of_x = ctx.needs_input_grad[1]
         of_members = zip(_by_member([grad, x, xa], [A, B], ctx.shares), ctx.settings, strict=True)
-        parts = [_gradients(*tensors, *settings, of_x=of_x) for tensors, settings in of_members]
+        parts = [_gradients(*tensors, **settings, of_x=of_x) for tensors, settings in of_members]
         grads_x, grads_A, grads_B = zip(*parts, strict=True)
         grad_x = torch.cat(grads_x, dim=1) if of_x else None
         return grad, grad_x, torch.cat(grads_A), torch.cat(grads_B), None, None, None, None
@@ -197,6 +198,7 @@ def _add_update(
     x: torch.Tensor,
     A: torch.Tensor,
     B: torch.Tensor,
+    *,
     scaling: float,
     dropout: float,
     seeds: list[int] | None,
@@ -216,10 +218,10 @@ def _gradients(
     xa: torch.Tensor,
     A: torch.Tensor,
     B: torch.Tensor,
+    *,
     scaling: float,
     dropout: float,
     seeds: list[int] | None,
-    *,
     of_x: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
     """Return what the update contributes to the gradients of x (None without ``of_x``), and those of A and B."""
