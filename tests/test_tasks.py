@@ -30,8 +30,17 @@ STOCK_YAML = {
     "mmlu_uq_high_school_us_history": "mmlu/default/mmlu_high_school_us_history.yaml",
 }
 PAPER = ("paper_commonsense_qa", "paper_mmlu_stem", "paper_mmlu_social_sciences")
+BAYESIAN_LORA = (  # the six sets in the literature's order
+    "paper_winogrande_s",
+    "paper_arc_challenge",
+    "paper_arc_easy",
+    "paper_winogrande_m",
+    "paper_openbookqa",
+    "paper_boolq",
+)
+LETTERS = (*BAYESIAN_LORA, "paper_hellaswag")  # tests/test_letters.py
 QUICKSTART = ("quickstart_countries", "quickstart_elements")
-GROUPS = ("mmlu_uq", "mmlu_uq_stem", "mmlu_uq_humanities", "mmlu_uq_social_sciences", "mmlu_uq_other")
+MMLU_GROUPS = ("mmlu_uq", "mmlu_uq_stem", "mmlu_uq_humanities", "mmlu_uq_social_sciences", "mmlu_uq_other")
 MEANS = ("acc", "nll", "brier_score", "predictive_entropy", "expected_entropy", "mutual_information")
 
 
@@ -103,12 +112,35 @@ def requests(task, num_fewshot, limit=20):
 def test_every_task_and_group_is_listed_as_multiple_choice(manager):
     subjects = {name for name in manager.all_subtasks if name.startswith("mmlu_uq_")}
     assert len(subjects) == 57
-    assert set(manager.all_subtasks) == {*STOCK_YAML, *PAPER, *QUICKSTART} | subjects
-    assert set(manager.all_groups) == set(GROUPS)
+    assert set(manager.all_subtasks) == {*STOCK_YAML, *PAPER, *LETTERS, *QUICKSTART} | subjects
+    assert set(manager.all_groups) == {*MMLU_GROUPS, "bayesian_lora"}
     lines = manager.list_all_tasks(list_groups=False, list_tags=False).splitlines()
     for name in manager.all_subtasks:
         (line,) = [line for line in lines if line.startswith((f"|{name} ", f"|{name}|"))]
         assert "multiple_choice" in line
+
+
+def test_every_task_and_its_splits_are_in_the_docs(manager):
+    """docs/tasks.md has a row for each, with the splits of its YAML; a subject of MMLU is in its group's row."""
+    page = (PROJECT / "docs" / "tasks.md").read_text(encoding="utf-8")
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in page.splitlines()
+        if line[:2] == "| "
+    ]
+    row_of = {name: row for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+    assert set(manager.all_groups) <= set(row_of)
+    for name in manager.all_subtasks:
+        if name.startswith("mmlu_uq_"):
+            continue
+        entry = load_yaml(manager.task_index[name].yaml_path, resolve_func=False)
+        stock = load_yaml(STOCK_TASKS / entry["stock"], resolve_func=False) if "stock" in entry else {}
+        config = {**stock, **entry}
+        *_, training, validation, test = row_of[name]
+        for cell, key in ((training, "training_split"), (validation, "validation_split")):
+            assert (cell != "–") == bool(config.get(key)), (name, key)
+        assert test == f"`{config.get('test_split') or config['validation_split']}`" or name in LETTERS
+        assert name not in LETTERS or test == "`validation`"
 
 
 def test_no_name_hides_a_stock_task(manager):
@@ -135,9 +167,10 @@ def test_mmlu_groups_have_the_stock_subjects(manager):
         assert ours == {name.replace("mmlu_", "mmlu_uq_") for name in theirs}
 
 
-@pytest.mark.parametrize("group", GROUPS)
-def test_mmlu_groups_list_only_metrics_whose_mean_over_subjects_is_right(group):
-    config = load_yaml(tasks_folder() / "mmlu_uq" / f"_{group}.yaml")
+@pytest.mark.parametrize("group", [*MMLU_GROUPS, "bayesian_lora"])
+def test_groups_list_only_metrics_whose_mean_over_tasks_is_right(group):
+    folder = "paper" if group == "bayesian_lora" else "mmlu_uq"
+    config = load_yaml(tasks_folder() / folder / f"_{group}.yaml")
     assert config["aggregate_metric_list"] == [{"metric": name, "weight_by_size": True} for name in MEANS]
 
 

@@ -5,9 +5,12 @@ import warnings
 
 import pytest
 import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from train_fixtures import (  # noqa: F401
     largest_difference,
+    make_model,
     make_recipe,
     make_trainer,
     one_thread,
@@ -17,6 +20,7 @@ from train_fixtures import (  # noqa: F401
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lm_eval_lora_ensemble.errors import EnsembleError
+from lm_eval_lora_ensemble.harness.model import LoraEnsembleLM
 from lm_eval_lora_ensemble.train import adapters, base
 from lm_eval_lora_ensemble.train.engine import checkpoint_layers
 from lm_eval_lora_ensemble.train.joint import JointEngine
@@ -31,6 +35,10 @@ SETTINGS = {
     "data set's order": {"shuffle": False},
     "no length groups": {"length_groups": False},
     "schedule": {"schedule": "cosine", "warmup_steps": 5, "weight_decay": 0.1, "gradient_clip": None},
+    "head": {"target_modules": ["q_proj", "v_proj", "lm_head"], "objective": "answer", "batch_size": 4},
+    "head, choices": {"target_modules": ["v_proj", "lm_head"], "gradient_accumulation": 2},
+    "head alone": {"target_modules": ["lm_head"]},
+    "head, checkpointing": {"target_modules": ["q_proj", "lm_head"], "gradient_checkpointing": True},
 }
 
 
@@ -38,15 +46,29 @@ SETTINGS = {
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("joint")
     make_recipe(folder)
+    make_model(folder / "untied", tie_word_embeddings=False)
     return folder
+
+
+def settings_of(folder, setting):
+    """The setting's keys; an adapted head needs a base that has a head of its own."""
+    settings = SETTINGS[setting]
+    untied = {"base_model": str(folder / "untied")} if setting.startswith("head") else {}
+    return {**settings, **untied}
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_member_trained_jointly_is_the_member_trained_alone(folder, setting):
     """Dropout and both penalties on, bit for bit; fifty steps for each objective, fewer for the other knobs."""
-    steps = 50 if setting in {"choices", "answer"} else 12
+    steps = 50 if setting in {"choices", "answer", "head"} else 12
     recipe = make_recipe(
-        folder, members=3, epochs=20, dropout=0.2, lora_l2=0.01, lora_b_l2=0.001, **SETTINGS[setting]
+        folder,
+        members=3,
+        epochs=20,
+        dropout=0.2,
+        lora_l2=0.01,
+        lora_b_l2=0.001,
+        **settings_of(folder, setting),
     )
     together = train_steps(make_trainer(recipe), steps)
     for member in (0, 2):
@@ -56,9 +78,27 @@ def test_a_member_trained_jointly_is_the_member_trained_alone(folder, setting):
     assert largest_difference(together["member_00"], together["member_02"]) > 1e-3
 
 
-def test_members_at_once_trades_memory_and_changes_nothing(folder):
-    recipe = make_recipe(folder, members=5, dropout=0.1)
-    halves = make_recipe(folder, members=5, dropout=0.1, members_at_once=2)
+def test_members_bring_different_numbers_of_positions_to_the_head(folder):
+    """Or the comparisons above would prove nothing about them."""
+    for setting in ("head", "head, choices"):
+        trainer = make_trainer(make_recipe(folder, members=3, **settings_of(folder, setting)))
+        assert isinstance(trainer.engine, JointEngine)
+        parts = [part for batches in trainer.order.epoch(1, [0, 1, 2]) for part in batches]
+        batches = [trainer.layout.batch(part.documents, part.length, trainer.engine.device) for part in parts]
+        shares = [batch.scored_per_member() for batch in batches]
+        assert any(len(set(of_members)) > 1 for of_members in shares)
+        for batch, of_members in zip(batches, shares, strict=True):
+            ends = torch.tensor(of_members).cumsum(0)
+            for member, end in enumerate(ends.tolist()):
+                used = batch.output[member][batch.weight[member] > 0]
+                assert used.min() == end - of_members[member]
+                assert used.max() == end - 1
+
+
+@pytest.mark.parametrize("setting", ["choices", "head"])
+def test_members_at_once_trades_memory_and_changes_nothing(folder, setting):
+    recipe = make_recipe(folder, members=5, dropout=0.1, **settings_of(folder, setting))
+    halves = make_recipe(folder, members=5, dropout=0.1, members_at_once=2, **settings_of(folder, setting))
     one, other = train_steps(make_trainer(recipe), 5), train_steps(make_trainer(halves), 5)
     assert all(largest_difference(one[name], other[name]) == 0.0 for name in one)
 
@@ -73,11 +113,12 @@ def test_initial_weights_are_those_of_peft_alone(folder):
         assert largest_difference(trainer.engine.weights(name), get_peft_model_state_dict(alone)) == 0.0
 
 
-@pytest.mark.parametrize("objective", ["answer", "choices"])
+@pytest.mark.parametrize("setting", ["answer", "choices", "head", "head, choices"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_joint_step_is_pefts(folder, objective, dtype):
+def test_the_joint_step_is_pefts(folder, setting, dtype):
     """Both engines compute the same gradients, in PEFT's own precision of base and adapters."""
-    settings = {"objective": objective, "dtype": dtype, "lora_l2": 0.02, "lora_b_l2": 0.01, "alpha": 32}
+    settings = {"dtype": dtype, "lora_l2": 0.02, "lora_b_l2": 0.01, "alpha": 32}
+    settings |= settings_of(folder, setting)
     joint = make_trainer(make_recipe(folder, **settings))
     plain = make_trainer(make_recipe(folder, engine="plain", **settings))
     assert isinstance(joint.engine, JointEngine)
@@ -114,6 +155,22 @@ def test_the_layers_gradient_is_right(folder):
     )
 
 
+def test_the_heads_gradient_is_right(folder):
+    """The same for members with different numbers of rows; each one's output is its own."""
+    from lm_eval_lora_ensemble.train.stacked import _AddLoRA, _AddLoRAToShares
+
+    x, A, B = (torch.randn(1, 5, 4), torch.randn(3, 2, 4), torch.randn(3, 6, 2))
+    x, A, B = (t.double().requires_grad_() for t in (x, A, B))
+    y = torch.randn(1, 5, 6).double().requires_grad_()
+    shares, seeds = [2, 1, 2], [11, 12, 13]
+    assert torch.autograd.gradcheck(
+        lambda y, x, A, B: _AddLoRAToShares.apply(y.clone(), x, A, B, 1.7, 0.4, seeds, shares), (y, x, A, B)
+    )
+    together = _AddLoRAToShares.apply(y.clone(), x, A, B, 1.7, 0.4, seeds, shares)
+    alone = _AddLoRA.apply(y[:, 2:3].clone(), x[:, 2:3], A[1:2], B[1:2], 1.7, 0.4, seeds[1:2])
+    torch.testing.assert_close(together[:, 2:3], alone, rtol=0, atol=0)
+
+
 def test_inactive_members_are_left_alone(folder):
     trainer = make_trainer(make_recipe(folder, members=3, dropout=0.1, weight_decay=0.1))
     engine = trainer.engine
@@ -141,9 +198,9 @@ def test_a_nan_names_member_and_step_and_changes_no_one(folder):
     torch.testing.assert_close(engine.matrix.values, before, equal_nan=True, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("setting", ["choices", "all-linear, rsLoRA, layer 1"])
+@pytest.mark.parametrize("setting", ["choices", "all-linear, rsLoRA, layer 1", "head"])
 def test_an_exported_adapter_is_the_trained_member(folder, tmp_path, setting):
-    trainer = make_trainer(make_recipe(folder, members=2, **SETTINGS[setting]))
+    trainer = make_trainer(make_recipe(folder, members=2, **settings_of(folder, setting)))
     train_steps(trainer, 6)
     ids = torch.randint(2, 300, (3, 17))
     for i, name in enumerate(trainer.members):
@@ -199,10 +256,40 @@ def test_what_cannot_be_stacked_trains_in_turn(folder):
     assert isinstance(trainer.engine, PlainEngine)
     weights = train_steps(trainer, 2)
     assert any("magnitude" in key for key in weights["member_00"])
-    head = make_trainer(make_recipe(folder, target_modules=["q_proj", "lm_head"]))
-    assert isinstance(head.engine, PlainEngine)
     with pytest.raises(EnsembleError, match="engine=joint cannot train this recipe: DoRA"):
         make_trainer(make_recipe(folder, dora=True, engine="joint"))
+
+
+@pytest.mark.parametrize("engine", ["joint", "plain"])
+def test_adapted_heads_are_saved_without_the_vocabulary_and_score_as_in_hf(folder, tmp_path, engine):
+    recipe = make_recipe(folder, engine=engine, learning_rate=0.05, epochs=20, **settings_of(folder, "head"))
+    trainer = make_trainer(recipe)
+    weights = train_steps(trainer, 12)
+    for name in trainer.members:
+        assert all(".lora_A." in key or ".lora_B." in key for key in weights[name])
+        assert weights[name]["base_model.model.lm_head.lora_B.weight"].abs().max() > 0.01
+        (tmp_path / name).mkdir()
+        config = trainer.config[name]
+        adapters.save(tmp_path / name, weights=weights[name], config=config, card="", recipe_yaml="")
+    arguments = [("Question: What colour is the leaf?\nAnswer:", f" {c}") for c in ("green", "dark orange")]
+    requests = [Instance("loglikelihood", {}, pair, i, ("", 0, 1)) for i, pair in enumerate(arguments)]
+    ours = LoraEnsembleLM(adapters=str(tmp_path), device="cpu").loglikelihood(requests, disable_tqdm=True)
+    for i, name in enumerate(trainer.members):
+        hf = HFLM(pretrained=recipe.base_model, peft=str(tmp_path / name), device="cpu", batch_size=1)
+        theirs = [value for value, _ in hf.loglikelihood(requests, disable_tqdm=True)]
+        assert [value.members[i] for value, _ in ours] == pytest.approx(theirs, abs=1e-4)
+    assert abs(ours[0][0].members[0] - ours[0][0].members[1]) > 1e-3
+
+
+@pytest.mark.parametrize("engine", ["auto", "plain"])
+@pytest.mark.parametrize("modules", [["q_proj", "lm_head"], ["embed_tokens"]])
+def test_a_head_tied_to_the_embedding_is_not_adapted(folder, engine, modules):
+    """lm-eval's own hf dies of a KeyError on such adapters."""
+    with pytest.raises(
+        EnsembleError, match=r"share their weights.*cannot score such adapters; leave lm_head"
+    ):
+        make_trainer(make_recipe(folder, target_modules=modules, engine=engine))
+    assert not (folder / "ensemble").exists()
 
 
 def test_plain_members_are_what_they_would_be_alone(folder):

@@ -54,6 +54,7 @@ def attach(base: Base, recipe: Recipe, members: dict[str, int]) -> Any:
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # PEFT 0.21 reads transformers' old name, which is PEFT's to mend and nobody else's to read about.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # refused below
         for name, seed in members.items():
             torch.manual_seed(seed)
             config = lora_config(recipe, base)
@@ -70,7 +71,27 @@ def attach(base: Base, recipe: Recipe, members: dict[str, int]) -> Any:
                 model.add_adapter(name, config)
             # PEFT puts the name the weights were loaded by; an adapter has to name what others can load.
             config.base_model_name_or_path = base.name
+    _refuse_tied_embeddings(model, base)
     return model
+
+
+def _refuse_tied_embeddings(model: Any, base: Base) -> None:
+    """Refuse adapters on one of two layers that share their weights: lm-eval cannot load such a model.
+
+    Its ``hf``, which ours is made of, ties the weights anew once the adapters are on, and the head inside its
+    adapter is not where transformers looks for it.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [
+        layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None
+    ]
+    weights = {id(getattr(layer, "base_layer", layer).weight) for layer in layers}
+    if len(weights) < len(layers) and any(isinstance(layer, BaseTunerLayer) for layer in layers):
+        raise EnsembleError(
+            f"target_modules adapt the output head or the embedding of {base.name}, which share their weights "
+            "(tie_word_embeddings): lm-eval cannot score such adapters; leave lm_head and embed_tokens out"
+        )
 
 
 def linear_names(model: Any) -> list[str]:
@@ -164,12 +185,9 @@ def stacking_obstacle(model: Any, recipe: Recipe) -> str | None:
 
     if recipe.dora:
         return "DoRA's magnitudes are not stacked"
-    head = model.get_output_embeddings()
     for name, module in lora_layers(model).items():
         if type(module) is not Linear or type(module.base_layer) is not torch.nn.Linear:
             return (
                 f"{name} is a {type(module).__name__} around {type(module.base_layer).__name__}, not a Linear"
             )
-        if module is head or module.base_layer is head:
-            return f"{name} is the output head"
     return None

@@ -29,7 +29,8 @@ class Batch:
         input_ids: [R, L], right-padded.
         mask: additive [R, 1, L, L] for tree rows; None where causal attention alone is right.
         position_ids: [R, L] for tree rows, else None.
-        scored: [P] distinct flat indices into [R · L] of the outputs that predict a scored token.
+        scored: [P] distinct flat indices into [R · L] of the outputs that predict a scored token, one member's
+            after another's.
         output: [N, D, C, T] index into ``scored`` of each scored token's prediction.
         target: [N, D, C, T] the scored tokens.
         weight: float32 [N, D, C, T], 1 for a token, 0 for padding.
@@ -51,6 +52,13 @@ class Batch:
     def tokens(self) -> int:
         """Input tokens of the forward pass, padding included."""
         return self.input_ids.numel()
+
+    def scored_per_member(self) -> list[int]:
+        """Return how many of ``scored`` are each member's; they add up to P."""
+        members = len(self.output)
+        of_member = self.scored // (self.tokens // members)
+        counts: list[int] = of_member.bincount(minlength=members).tolist()
+        return counts
 
 
 def as_request(choice: Choice) -> TokenRequest:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lm_eval_lora_ensemble.train.layout import Batch
+from lm_eval_lora_ensemble.train.stacked import StackedLoRALinear
 
 
 class ScoredHead:
@@ -23,7 +24,7 @@ class ScoredHead:
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """Run the model on ``batch`` and return the logits [P, V] at ``batch.scored``."""
-        with self._only(batch.scored):
+        with self._only(batch):
             output = self.model(
                 input_ids=batch.input_ids,
                 # Right padding is invisible to causal attention, so ordinary rows need no mask.
@@ -34,12 +35,16 @@ class ScoredHead:
         return output.logits[0]
 
     @contextmanager
-    def _only(self, scored: torch.Tensor) -> Iterator[None]:
-        def gather(_: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-            hidden = inputs[0]
-            return (hidden.flatten(0, 1).index_select(0, scored)[None], *inputs[1:])
+    def _only(self, batch: Batch) -> Iterator[None]:
+        head = self.model.get_output_embeddings()
+        # a head that is adapted itself has to know whose positions these are
+        shares = (batch.scored_per_member(),) if isinstance(head, StackedLoRALinear) else ()
 
-        handle = self.model.get_output_embeddings().register_forward_pre_hook(gather)
+        def gather(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            hidden = inputs[0].flatten(0, 1).index_select(0, batch.scored)[None]
+            return (hidden, *inputs[1:], *shares)
+
+        handle = head.register_forward_pre_hook(gather)
         try:
             yield
         finally:

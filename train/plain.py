@@ -119,7 +119,10 @@ class PlainEngine(Engine):
         """See :meth:`Engine.weights`."""
         from peft import get_peft_model_state_dict
 
-        state: dict[str, torch.Tensor] = get_peft_model_state_dict(self.model, adapter_name=name)
+        # by itself PEFT adds the base's embeddings where the head is adapted: the whole vocabulary, frozen
+        state: dict[str, torch.Tensor] = get_peft_model_state_dict(
+            self.model, adapter_name=name, save_embedding_layers=False
+        )
         return state
 
     def optimiser(self, name: str) -> MemberOptimiser:

@@ -66,6 +66,9 @@ class StackedLoRALinear(torch.nn.Module):
     them at once, A and B by batched products. As in PEFT, the update is computed in the adapters' type
     (float32) and the sum is rounded to the layer's.
 
+    The output head sees scored positions alone, of which one member's documents may have more than another's.
+    It is told whose they are, and applies A and B member by member: a common width would depend on the company.
+
     Args:
         base: the frozen layer.
         A: [N, r, in].
@@ -93,18 +96,22 @@ class StackedLoRALinear(torch.nn.Module):
         self.lineup = lineup
         self.index = index
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return [n · rows, L, out]."""
+    def forward(self, x: torch.Tensor, shares: Sequence[int] | None = None) -> torch.Tensor:
+        """Return the layer's output, of the input's shape but for the last dimension.
+
+        Args:
+            x: [n · rows, L, in]; with ``shares`` [1, P, in].
+            shares: each present member's number of rows among the P, in the members' order.
+        """
         A, B = self.lineup.pick(self.A), self.lineup.pick(self.B)
-        y = _AddLoRA.apply(
-            self.base(x).view(len(A), -1, B.shape[1]),
-            x.reshape(len(A), -1, A.shape[2]),
-            A,
-            B,
-            self.scaling,
-            self.lineup.dropout,
-            self.lineup.dropout_seeds(self.index),
-        )
+        settings = self.scaling, self.lineup.dropout, self.lineup.dropout_seeds(self.index)
+        if shares is None:
+            members = (len(A), -1)
+            y = _AddLoRA.apply(
+                self.base(x).view(*members, B.shape[1]), x.reshape(*members, A.shape[2]), A, B, *settings
+            )
+        else:
+            y = _AddLoRAToShares.apply(self.base(x), x, A, B, *settings, shares)
         return y.view(*x.shape[:-1], -1)
 
 
@@ -126,26 +133,104 @@ class _AddLoRA(torch.autograd.Function):
         dropout: float,
         seeds: list[int] | None,
     ) -> torch.Tensor:
-        xa = torch.bmm(_dropped(x.to(A.dtype), dropout, seeds), A.mT)
+        ctx.settings = {"scaling": scaling, "dropout": dropout, "seeds": seeds}
+        xa = _add_update(y, x, A, B, **ctx.settings)
         ctx.save_for_backward(x, xa, A, B)
-        ctx.scaling, ctx.dropout, ctx.seeds = scaling, dropout, seeds
         ctx.mark_dirty(y)
-        if y.dtype == A.dtype:
-            return y.baddbmm_(xa, B.mT, alpha=scaling)
-        return y.add_(torch.bmm(xa, B.mT), alpha=scaling)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, xa, A, B = ctx.saved_tensors
         (grad,) = gradients
-        scaled = grad.to(A.dtype) * ctx.scaling
-        grad_B = torch.bmm(scaled.mT, xa)
-        grad_xa = torch.bmm(scaled, B)
-        grad_A = torch.bmm(grad_xa.mT, _dropped(x.to(A.dtype), ctx.dropout, ctx.seeds))
-        grad_x = None
-        if ctx.needs_input_grad[1]:
-            grad_x = _dropped(torch.bmm(grad_xa, A), ctx.dropout, ctx.seeds).to(x.dtype)
-        return grad, grad_x, grad_A, grad_B, None, None, None
+        of_inputs = _gradients(grad, *ctx.saved_tensors, **ctx.settings, of_x=ctx.needs_input_grad[1])
+        return grad, *of_inputs, None, None, None
+
+
+class _AddLoRAToShares(torch.autograd.Function):
+    """:class:`_AddLoRA` where members have different numbers of rows, y and x being [1, P, …].
+
+    Every member's products have the shape that they have when it trains alone.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        scaling: float,
+        dropout: float,
+        seeds: list[int] | None,
+        shares: Sequence[int],
+    ) -> torch.Tensor:
+        streams = [[seed] for seed in seeds] if seeds else [None] * len(A)
+        ctx.settings = [{"scaling": scaling, "dropout": dropout, "seeds": stream} for stream in streams]
+        ctx.shares = list(shares)
+        of_members = zip(_by_member([y, x], [A, B], ctx.shares), ctx.settings, strict=True)
+        xa = torch.cat([_add_update(*tensors, **settings) for tensors, settings in of_members], dim=1)
+        ctx.save_for_backward(x, xa, A, B)
+        ctx.mark_dirty(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad,) = gradients
+        x, xa, A, B = ctx.saved_tensors
+        of_x = ctx.needs_input_grad[1]
+        of_members = zip(_by_member([grad, x, xa], [A, B], ctx.shares), ctx.settings, strict=True)
+        parts = [_gradients(*tensors, **settings, of_x=of_x) for tensors, settings in of_members]
+        grads_x, grads_A, grads_B = zip(*parts, strict=True)
+        grad_x = torch.cat(grads_x, dim=1) if of_x else None
+        return grad, grad_x, torch.cat(grads_A), torch.cat(grads_B), None, None, None, None
+
+
+def _by_member(
+    rows: Sequence[torch.Tensor], matrices: Sequence[torch.Tensor], shares: list[int]
+) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Yield each member's own rows of [1, P, …] and matrices of [n, …]: views with a leading 1."""
+    parts = [tensor.split(shares, dim=1) for tensor in rows] + [tensor.split(1) for tensor in matrices]
+    return zip(*parts, strict=True)
+
+
+def _add_update(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    *,
+    scaling: float,
+    dropout: float,
+    seeds: list[int] | None,
+) -> torch.Tensor:
+    """Add the update to y [n, tokens, out] in place, and return x Aᵀ [n, tokens, r]."""
+    xa = torch.bmm(_dropped(x.to(A.dtype), dropout, seeds), A.mT)
+    if y.dtype == A.dtype:
+        y.baddbmm_(xa, B.mT, alpha=scaling)
+    else:
+        y.add_(torch.bmm(xa, B.mT), alpha=scaling)
+    return xa
+
+
+def _gradients(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    xa: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    *,
+    scaling: float,
+    dropout: float,
+    seeds: list[int] | None,
+    of_x: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """Return what the update contributes to the gradients of x (None without ``of_x``), and those of A and B."""
+    scaled = grad.to(A.dtype) * scaling
+    grad_B = torch.bmm(scaled.mT, xa)
+    grad_xa = torch.bmm(scaled, B)
+    grad_A = torch.bmm(grad_xa.mT, _dropped(x.to(A.dtype), dropout, seeds))
+    grad_x = _dropped(torch.bmm(grad_xa, A), dropout, seeds).to(x.dtype) if of_x else None
+    return grad_x, grad_A, grad_B
 
 
 def _dropped(x: torch.Tensor, probability: float, seeds: list[int] | None) -> torch.Tensor:
