@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import json
 import logging
 import math
@@ -35,6 +36,7 @@ from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.harness import strings
 from lm_eval_lora_ensemble.harness.cache import OWNER_KEY, read_older_scores
 from lm_eval_lora_ensemble.harness.model import LoraEnsembleLM
+from lm_eval_lora_ensemble.metrics import strings as string_metrics
 from lm_eval_lora_ensemble.metrics.bootstrap import ResamplingPlan
 from lm_eval_lora_ensemble.metrics.strings import STRING_METRICS, linearised, quantities, ratio
 from lm_eval_lora_ensemble.scoring.loglikelihood import EnsembleLoglikelihood
@@ -189,6 +191,11 @@ def test_the_ratios_standard_error_is_that_of_many_samples():
 
 
 # ------------------------------------------------------------------------------------------ closed forms
+
+
+def test_the_examples_in_the_docstrings():
+    found = doctest.testmod(string_metrics)
+    assert found.attempted >= 4 and not found.failed
 
 
 def test_closed_forms():
