@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import fields
 
+from lm_eval_lora_ensemble.analysis.distribution import RAW, VALIDATION, Distribution
 from lm_eval_lora_ensemble.analysis.result import Settings
+from lm_eval_lora_ensemble.analysis.runs import Run
+from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.metrics.calibration import DEFAULT_BINS
+from lm_eval_lora_ensemble.metrics.choice_scores import SCORE_KINDS
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
@@ -17,6 +22,17 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="TASK",
         help="a task or group that is out-of-domain: tell it from the others by each uncertainty; repeatable",
+    )
+    parser.add_argument(
+        "--scores",
+        choices=SCORE_KINDS,
+        help="what a choice's loglikelihood is divided by before the softmax: sum (nothing, the default) or its length",
+    )
+    parser.add_argument(
+        "--temperature",
+        metavar="T",
+        help="of the softmax: 1 (the default), validation (fitted by training or `calibrate`), crossfit (an oracle), "
+        "or a task of the run that it is fitted on",
     )
     parser.add_argument(
         "--bins", type=int, default=DEFAULT_BINS, help="calibration bins (default %(default)s)"
@@ -32,3 +48,29 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
     """Return the settings, with the defaults of those that the verb does not ask for."""
     asked = vars(arguments)
     return Settings(**{field.name: asked[field.name] for field in fields(Settings) if field.name in asked})
+
+
+def asked_distribution(arguments: argparse.Namespace) -> Distribution | None:
+    """Return the distribution that was asked for, None if nothing was said of it."""
+    if arguments.scores is None and arguments.temperature is None:
+        return None
+    return Distribution(arguments.scores or "sum", arguments.temperature or RAW)
+
+
+def under(runs: Sequence[Run], distribution: Distribution | None) -> list[Run]:
+    """Return the runs judged by a distribution; as they are, summed at T = 1, for None."""
+    return list(runs) if distribution is None else [run.under(distribution) for run in runs]
+
+
+def primary_distribution(runs: Sequence[Run]) -> Distribution | None:
+    """Return what a leaderboard judges unless told otherwise: scores per character on the scale from validation.
+
+    None, which is summed scores at T = 1, where some run has no such scale.
+    """
+    primary = Distribution("chars", VALIDATION)
+    try:
+        judged = [run.under(primary) for run in runs]
+    except EnsembleError:
+        return None
+    whole = all(one.tasks.keys() == run.tasks.keys() for one, run in zip(judged, runs, strict=True))
+    return primary if whole else None

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lm_eval_lora_ensemble.analysis.arguments import add_settings, settings_of
+from lm_eval_lora_ensemble.analysis.arguments import add_settings, asked_distribution, settings_of, under
 from lm_eval_lora_ensemble.analysis.comparison import Comparison, compare
+from lm_eval_lora_ensemble.analysis.distribution import Distribution
 from lm_eval_lora_ensemble.analysis.evaluation import evaluate
 from lm_eval_lora_ensemble.analysis.result import TaskResult, UncertaintyResult, plain
 from lm_eval_lora_ensemble.analysis.runs import Run, load_runs, merge_runs
+from lm_eval_lora_ensemble.analysis.scales import METRICS_BY_SCALE, ScaleResult, by_scale
 from lm_eval_lora_ensemble.disk import write_json
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.metrics.bootstrap import Estimate
@@ -55,13 +57,22 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
         raise EnsembleError(f"--json {arguments.json}: the folder does not exist; create it first")
     settings = settings_of(arguments)
-    runs = merge_runs([run for place in arguments.results for run in load_runs(place)])
+    runs = under(
+        merge_runs([run for place in arguments.results for run in load_runs(place)]),
+        asked_distribution(arguments),
+    )
     _check_names(runs, [*arguments.ood, *([arguments.calibrate] if arguments.calibrate else [])])
     output: dict[str, Any] = {"runs": [], "comparisons": []}
     for one in runs:
         result = evaluate(one, ood=arguments.ood, calibrate=arguments.calibrate, settings=settings)
-        _print_result(result, one.names() if arguments.all else one.top_level())
-        output["runs"].append(result.to_dict())
+        shown = one.names() if arguments.all else one.top_level()
+        _print_result(result, one.distribution, shown)
+        scales = {name: found for name in shown if name in one and (found := by_scale(one, name, settings))}
+        for name, found in scales.items():
+            _print_scales(name, found, ensemble=one.n_members > 1)
+        output["runs"].append(
+            {**result.to_dict(), "distribution": plain(one.distribution), "scales": plain(scales)}
+        )
     for other in runs[1:]:
         compared = compare(other, runs[0], settings)
         _print_comparison(other, runs[0], compared)
@@ -86,11 +97,11 @@ def _check_names(runs: list[Run], names: Iterable[str]) -> None:
             )
 
 
-def _print_result(result: UncertaintyResult, shown: list[str]) -> None:
+def _print_result(result: UncertaintyResult, distribution: Distribution, shown: list[str]) -> None:
     print(
         f"\n{result.source}: {result.members} member{'s' if result.members > 1 else ''}, "
         f"{result.settings.bins} bins, {result.settings.resamples} resamples, seed {result.settings.seed}, "
-        f"{100 * result.settings.level:g} % intervals (BCa; * basic)"
+        f"{100 * result.settings.level:g} % intervals (BCa; * basic); choices' scores {distribution.label}"
     )
     for name in shown:
         if name in result.tasks:
@@ -178,6 +189,26 @@ def _print_task(name: str, task: TaskResult, *, ensemble: bool) -> None:
                 for row in task.by_size
             ],
         )
+
+
+def _print_scales(name: str, scales: Sequence[ScaleResult], *, ensemble: bool) -> None:
+    """Print what the choice of scale changes: read the first column before any calibration error."""
+    rows: list[Row] = []
+    for scale in scales:
+        if scale.undefined:
+            continue
+        row = [scale.label, *(_number(scale.ensemble[metric].value) for metric in METRICS_BY_SCALE)]
+        if ensemble:
+            row += [_number(scale.member_mean[metric].value) for metric in METRICS_BY_SCALE]
+            row += [_cell(scale.difference["nll"]), _cell(scale.difference["ece"])]
+        rows.append(tuple(row))
+    head = ["choices' scores", "accuracy ↑", "nll ↓", "ece ↓"]
+    if ensemble:
+        head += ["member acc", "nll", "ece", "nll, ensemble − member", "ece, ensemble − member"]
+    _table(f"{name}: by the scale of its scores", tuple(head), rows)
+    for scale in scales:
+        if scale.undefined:
+            print(f"  {scale.label}: {scale.undefined}")
 
 
 def _print_comparison(run: Run, baseline: Run, compared: dict[str, Comparison]) -> None:

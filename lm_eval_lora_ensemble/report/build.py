@@ -9,6 +9,7 @@ from typing import Any
 
 from lm_eval_lora_ensemble.analysis.evaluation import detect_all
 from lm_eval_lora_ensemble.analysis.runs import Run
+from lm_eval_lora_ensemble.analysis.scales import ScaleResult, by_scale
 from lm_eval_lora_ensemble.disk import write_folder
 from lm_eval_lora_ensemble.errors import EnsembleError, one_line
 from lm_eval_lora_ensemble.report import headline, markdown, page
@@ -68,7 +69,24 @@ def make_report(
             *(note for one in series for note in one.notes),
             *_left_out(entries),
         ],
+        scales=_scales(entries, options),
     )
+
+
+def _scales(entries: Sequence[Entry], options: Options) -> dict[int, dict[str, list[ScaleResult]]]:
+    """Judge the top-level tasks of every run under each scale; of a sweep, in the last epoch."""
+    return {
+        index: found
+        for index, entry in enumerate(entries)
+        if is_last_epoch(entry, entries)
+        and (
+            found := {
+                name: scales
+                for name in entry.run.top_level()
+                if (scales := by_scale(entry.run, name, options.settings))
+            }
+        )
+    }
 
 
 def _unknown_golds(run: Run) -> dict[str, str]:

@@ -6,7 +6,13 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from lm_eval_lora_ensemble.analysis.arguments import add_settings, settings_of
+from lm_eval_lora_ensemble.analysis.arguments import (
+    add_settings,
+    asked_distribution,
+    primary_distribution,
+    settings_of,
+    under,
+)
 from lm_eval_lora_ensemble.analysis.runs import load_runs, merge_runs
 from lm_eval_lora_ensemble.errors import EnsembleError
 
@@ -61,6 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
             status.update(escape(text))
 
         runs = merge_runs([one for place in arguments.results for one in load_runs(place)])
+        runs = under(runs, asked_distribution(arguments) or primary_distribution(runs))
         page = write_report(make_report(runs, options, tell), arguments.output, tell)
     print(f"Report: {page}")
     return 0

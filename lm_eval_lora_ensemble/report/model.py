@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
+from lm_eval_lora_ensemble.analysis.distribution import Distribution
 from lm_eval_lora_ensemble.analysis.result import Settings, plain
+from lm_eval_lora_ensemble.analysis.scales import ScaleResult
 from lm_eval_lora_ensemble.metrics.detection import Detection
 from lm_eval_lora_ensemble.report.documents import Document
 from lm_eval_lora_ensemble.report.entries import Entry
@@ -49,6 +51,7 @@ class Report:
         documents: the documents worth looking at.
         statements: the report in sentences.
         notes: what is left out or not comparable, and why.
+        scales: by run and top-level task, what the choice of scale changes.
     """
 
     options: Options
@@ -60,6 +63,12 @@ class Report:
     documents: list[Document]
     statements: list[str]
     notes: list[str]
+    scales: dict[int, dict[str, list[ScaleResult]]] = field(default_factory=dict)
+
+    @property
+    def distribution(self) -> Distribution:
+        """Which distribution over the choices is judged."""
+        return self.entries[0].run.distribution
 
     def to_dict(self) -> dict[str, Any]:
         """Return report.json: every cell with its value, limits, direction, n and samples files."""
@@ -83,7 +92,9 @@ class Report:
                     for entry in self.entries
                 ],
                 "statements": self.statements,
+                "distribution": self.distribution,
                 "leaderboard": self.boards,
+                "scales": self.scales,
                 "detection": self.detections,
                 "series": self.series,
                 "between": self.between,

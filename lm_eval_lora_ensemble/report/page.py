@@ -14,6 +14,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_lora_ensemble.analysis.scales import METRICS_BY_SCALE
+from lm_eval_lora_ensemble.metrics.bootstrap import Estimate
 from lm_eval_lora_ensemble.metrics.registry import METRICS
 from lm_eval_lora_ensemble.report.documents import REASONS, Document
 from lm_eval_lora_ensemble.report.entries import short_name
@@ -51,6 +53,8 @@ def render(report: Report, pictures: Sequence[Illustration], folder: Path, notes
         notes=notes,
         columns=_columns(),
         boards=top,
+        distribution=report.distribution.label,
+        scales=_scales(report),
         lines=_lines(top),
         entries=report.entries,
         settings=report.options.settings,
@@ -62,6 +66,29 @@ def render(report: Report, pictures: Sequence[Illustration], folder: Path, notes
         duration=_duration,
         describe=describe,
     )
+
+
+def _scales(report: Report) -> list[dict[str, Any]]:
+    """Return the rows of the table of scales: a run's task under one scale."""
+    return [
+        {
+            "run": report.entries[index].label,
+            "task": task,
+            "scale": scale.label,
+            "undefined": scale.undefined,
+            "ensemble": [display(scale.ensemble[m].value) for m in METRICS_BY_SCALE if not scale.undefined],
+            "members": [display(scale.member_mean[m].value) for m in METRICS_BY_SCALE if not scale.undefined],
+            "gain": "" if scale.undefined else _difference(scale.difference["nll"]),
+        }
+        for index, by_task in report.scales.items()
+        for task, scales in by_task.items()
+        for scale in scales
+    ]
+
+
+def _difference(estimate: Estimate) -> str:
+    low, high, _ = estimate.quoted
+    return f"{display(estimate.value)} [{display(low)}, {display(high)}]"
 
 
 def _columns() -> list[dict[str, str]]:
