@@ -117,8 +117,8 @@ def _from_validation(distribution: Distribution, config: Mapping[str, Any], n_me
         alone = np.array([[float(member["temperature"])] for member in known["members"]])
     except (KeyError, TypeError, ValueError):
         raise EnsembleError(
-            f"the run has no temperature from validation for scores={distribution.scores}: `lora-ensemble train` "
-            "writes one, `lora-ensemble calibrate ENSEMBLE TASK` does for other adapters; evaluate again then"
+            f"no temperature for scores={distribution.scores} in the results file; `lora-ensemble train` and "
+            "`lora-ensemble calibrate ENSEMBLE TASK` write one, then evaluate again"
         ) from None
     if len(alone) != n_members:
         raise EnsembleError(

@@ -73,18 +73,20 @@ class Run:
             True
         """
         shared = scale_of_run(distribution, self.scores, self.config, self.n_members)
-        tasks, skipped = {}, dict(self.skipped)
+        tasks, undefined = {}, {}
         for name, scores in self.scores.items():
             try:
                 tasks[name] = distribution.of(scores, shared)
             except EnsembleError as error:  # noqa: PERF203 - one task without a scale must not hide the others
-                skipped[name] = str(error)
-        if self.scores and not tasks:
-            raise EnsembleError(f"{self.source}: {next(iter(skipped.values()))}")
+                undefined[name] = str(error)
+        if undefined and not tasks:
+            raise EnsembleError(f"{self.source}: {next(iter(undefined.values()))}")
         groups = {
             name: leaves for name, leaves in self.groups.items() if all(leaf in tasks for leaf in leaves)
         }
-        skipped |= {name: "some of its tasks have no scale" for name in self.groups if name not in groups}
+        for name in self.groups.keys() - groups.keys():
+            undefined[name] = next(undefined[leaf] for leaf in self.groups[name] if leaf in undefined)
+        skipped = {**self.skipped, **undefined}
         return replace(self, tasks=tasks, groups=groups, skipped=skipped, distribution=distribution)
 
     @cached_property
