@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lm_eval_lora_ensemble.train import examples
+from lm_eval_lora_ensemble.harness import rendering
 from lm_eval_lora_ensemble.train.folder import EnsembleFolder, member_name
 from lm_eval_lora_ensemble.train.recipe import Recipe
 from lm_eval_lora_ensemble.train.trainer import Trainer
@@ -30,7 +30,7 @@ def quick(patch: pytest.MonkeyPatch) -> None:
     from lm_eval.tasks import TaskManager
 
     patch.setattr(
-        examples, "_task_manager", lambda path: TaskManager(include_path=path, include_defaults=False)
+        rendering, "_task_manager", lambda path: TaskManager(include_path=path, include_defaults=False)
     )
 
 
