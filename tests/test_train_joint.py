@@ -25,6 +25,7 @@ from lm_eval_lora_ensemble.train.plain import PlainEngine
 SETTINGS = {
     "choices": {"objective": "choices"},
     "answer": {"objective": "answer"},
+    "by characters": {"choice_scores": "chars", "choice_temperature": 0.2},
     "accumulation": {"gradient_accumulation": 3, "batch_size": 4},
     "all-linear, rsLoRA, layer 1": {"target_modules": "all-linear", "rslora": True, "layers": [1]},
     "checkpointing": {"gradient_checkpointing": True},
@@ -73,11 +74,11 @@ def test_initial_weights_are_those_of_peft_alone(folder):
         assert largest_difference(trainer.engine.weights(name), get_peft_model_state_dict(alone)) == 0.0
 
 
-@pytest.mark.parametrize("objective", ["answer", "choices"])
+@pytest.mark.parametrize("objective", ["answer", "choices", "by characters"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_joint_step_is_pefts(folder, objective, dtype):
     """Both engines compute the same gradients, in PEFT's own precision of base and adapters."""
-    settings = {"objective": objective, "dtype": dtype, "lora_l2": 0.02, "lora_b_l2": 0.01, "alpha": 32}
+    settings = SETTINGS[objective] | {"dtype": dtype, "lora_l2": 0.02, "lora_b_l2": 0.01, "alpha": 32}
     joint = make_trainer(make_recipe(folder, **settings))
     plain = make_trainer(make_recipe(folder, engine="plain", **settings))
     assert isinstance(joint.engine, JointEngine)
