@@ -30,6 +30,10 @@ VERBS: dict[str, tuple[str, str]] = {
         "lm_eval_lora_ensemble.ensemble.check",
         "verify that every member of an ensemble is what it claims to be",
     ),
+    "calibrate": (
+        "lm_eval_lora_ensemble.harness.calibrate",
+        "fit the scale of an ensemble's probabilities on a validation or training split",
+    ),
     "convert": (
         "lm_eval_lora_ensemble.ensemble.convert",
         "write adapters that were saved as pickles (adapter_model.bin) as safetensors",

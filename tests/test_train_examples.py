@@ -6,6 +6,7 @@ from train_fixtures import make_recipe, make_task, one_thread, quick_tasks  # no
 
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.train import base, examples
+from lm_eval_lora_ensemble.train.scale import ChoiceScale
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +93,36 @@ def test_limits_take_the_first_or_a_drawn_subset(folder):
     assert drawn != first
     assert drawn == [e.doc_id for e in load(folder, train_limit=5, subset_seed=3).training]
     assert load(folder, validation_limit=0).validation == []
+
+
+def test_lengths_are_those_that_acc_norm_divides_by(folder):
+    path, _ = folder
+    docs = list(examples.load_tasks(["tiny_colours"], str(path / "tasks"))["tiny_colours"].training_docs())
+    for example, doc in zip(load(folder).training, docs, strict=True):
+        assert [choice.characters for choice in example.choices] == [len(text) for text in doc["choices"]]
+    for example in load(folder, task="varying_context").training:
+        assert [choice.characters for choice in example.choices] == [None] * len(example.choices)
+
+
+def test_what_stands_before_the_answer_is_part_of_the_prompt(folder):
+    """lm-eval's ``gen_prefix``, which its evaluation puts behind the question."""
+    path, loaded = folder
+    make_task(path / "tasks", "prefixed", gen_prefix="The answer is")
+    context = load(folder, task="prefixed", train_limit=1).training[0].choices[0].context
+    assert loaded.encoder.tokenizer.decode(context).endswith("The answer is")
+
+
+def test_scores_by_characters_need_characters(folder):
+    path, _ = folder
+    choices = "{{choices[:2] + ['' if gold else 'white']}}"
+    make_task(path / "tasks", "one_empty", doc_to_choice=choices, doc_to_target="{{0}}")
+    first, second = load(folder, task="one_empty", train_limit=2).training
+    assert ChoiceScale("chars").divisors(first)[2] == 5
+    assert ChoiceScale("sum", 2.0).divisors(second) == (2.0, 2.0, 2.0)
+    with pytest.raises(
+        EnsembleError, match="choice 2 of document 1 of one_empty is empty; use choice_scores=s"
+    ):
+        ChoiceScale("chars").divisors(second)
 
 
 def test_tasks_are_mixed(folder):

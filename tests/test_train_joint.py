@@ -29,6 +29,7 @@ from lm_eval_lora_ensemble.train.plain import PlainEngine
 SETTINGS = {
     "choices": {"objective": "choices"},
     "answer": {"objective": "answer"},
+    "by characters": {"choice_scores": "chars", "choice_temperature": 0.2},
     "accumulation": {"gradient_accumulation": 3, "batch_size": 4},
     "all-linear, rsLoRA, layer 1": {"target_modules": "all-linear", "rslora": True, "layers": [1]},
     "checkpointing": {"gradient_checkpointing": True},
@@ -113,7 +114,7 @@ def test_initial_weights_are_those_of_peft_alone(folder):
         assert largest_difference(trainer.engine.weights(name), get_peft_model_state_dict(alone)) == 0.0
 
 
-@pytest.mark.parametrize("setting", ["answer", "choices", "head", "head, choices"])
+@pytest.mark.parametrize("setting", ["answer", "choices", "head", "head, choices", "by characters"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_joint_step_is_pefts(folder, setting, dtype):
     """Both engines compute the same gradients, in PEFT's own precision of base and adapters."""

@@ -90,6 +90,13 @@ def test_overrides_win_and_read_as_yaml(tmp_path):
         ({"learning_rat": 1}, "unknown key 'learning_rat'; did you mean 'learning_rate'?"),
         ({"zzzzzz": 1}, "unknown key 'zzzzzz'; known keys: base_model"),
         ({"objective": "answers"}, "objective is 'answers', it must be one of answer, choices"),
+        ({"choice_scores": "bytes"}, "choice_scores is 'bytes', it must be one of sum, chars"),
+        (
+            {"choice_temperature": 0, "objective": "choices"},
+            "choice_temperature is 0, it must be a number, more",
+        ),
+        ({"choice_scores": "chars"}, "choice_scores is for objective=choices, not for answer"),
+        ({"choice_temperature": 2}, "choice_temperature is for objective=choices, not for answer"),
         ({"members": 0}, "members is 0, it must be a whole number of at least 1"),
         ({"members": 2.5}, "members is 2.5, it must be a whole number"),
         ({"members": True}, "members is True"),

@@ -19,6 +19,7 @@ from lm_eval_lora_ensemble.train.objective import (
     squared_norm_of_product,
 )
 from lm_eval_lora_ensemble.train.order import Order
+from lm_eval_lora_ensemble.train.scale import ChoiceScale
 from lm_eval_lora_ensemble.train.tree import why_no_tree_rows
 
 VARYING = {
@@ -159,6 +160,22 @@ def test_choices_loss_is_cross_entropy_over_the_choices(loaded):
     losses = document_losses(lls, batch, "choices")
     for d, example in enumerate(data):
         valid = lls[0, d, : len(example.choices)]
+        expected = torch.nn.functional.cross_entropy(valid, torch.tensor(example.gold[0]))
+        torch.testing.assert_close(losses[0, d], expected)
+
+
+def test_by_characters_the_loss_is_that_of_acc_norms_scores(loaded):
+    folder, model = loaded
+    task = examples.load_tasks(["tiny_colours"], str(folder / "tasks"))["tiny_colours"]
+    data = examples.load(make_recipe(folder, train_limit=6), model).training
+    scale = ChoiceScale("chars", 0.3)
+    layout = Layout(data, gold_only=False, use_tree=True, dtype=torch.float32, scale=scale)
+    batch = layout.batch([range(6)], max(layout.lengths()), torch.device("cpu"))
+    lls = torch.randn(1, 6, layout.choices)
+    losses = document_losses(lls, batch, "choices")
+    for d, (example, doc) in enumerate(zip(data, task.training_docs(), strict=False)):
+        lengths = torch.tensor([float(len(text)) for text in doc["choices"]])
+        valid = lls[0, d, : len(lengths)] / (0.3 * lengths)
         expected = torch.nn.functional.cross_entropy(valid, torch.tensor(example.gold[0]))
         torch.testing.assert_close(losses[0, d], expected)
 

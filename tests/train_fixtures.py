@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lm_eval_lora_ensemble.train import examples
+from lm_eval_lora_ensemble.harness import rendering
 from lm_eval_lora_ensemble.train.folder import EnsembleFolder, member_name
 from lm_eval_lora_ensemble.train.recipe import Recipe
 from lm_eval_lora_ensemble.train.trainer import Trainer
@@ -30,7 +30,7 @@ def quick(patch: pytest.MonkeyPatch) -> None:
     from lm_eval.tasks import TaskManager
 
     patch.setattr(
-        examples, "_task_manager", lambda path: TaskManager(include_path=path, include_defaults=False)
+        rendering, "_task_manager", lambda path: TaskManager(include_path=path, include_defaults=False)
     )
 
 
@@ -64,12 +64,21 @@ def documents(count: int, offset: int = 0) -> list[dict[str, Any]]:
 
 
 def make_task(
-    folder: Path, name: str = "tiny_colours", train: int = 44, validation: int = 12, **config: Any
+    folder: Path,
+    name: str = "tiny_colours",
+    train: int = 44,
+    validation: int = 12,
+    test: int = 0,
+    **config: Any,
 ) -> Path:
-    """Write a multiple-choice task over local JSON and return the folder to include."""
+    """Write a multiple-choice task over local JSON and return the folder to include.
+
+    Without ``test`` documents lm-eval evaluates it on the validation split, or else on the training split.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     files = {}
-    for split, (count, offset) in {"train": (train, 0), "validation": (validation, 1000)}.items():
+    counts = {"train": (train, 0), "validation": (validation, 1000), "test": (test, 2000)}
+    for split, (count, offset) in counts.items():
         if count:
             path = folder / f"{name}_{split}.jsonl"
             path.write_text("".join(json.dumps(doc) + "\n" for doc in documents(count, offset)))
@@ -81,7 +90,7 @@ def make_task(
         "output_type": "multiple_choice",
         "training_split": "train" if train else None,
         "validation_split": "validation" if validation else None,
-        "test_split": "validation" if validation else "train",
+        "test_split": "test" if test else "validation" if validation else "train",
         "doc_to_text": "Question: {{question}}\nAnswer:",
         "doc_to_choice": "choices",
         "doc_to_target": "gold",

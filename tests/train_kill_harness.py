@@ -27,7 +27,8 @@ torch.set_num_threads(1)  # before any work: a forked child must not inherit a t
 
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from lm_eval_lora_ensemble.train import checkpoint, examples, folder, joint, trainer  # noqa: E402
+from lm_eval_lora_ensemble.harness import rendering  # noqa: E402
+from lm_eval_lora_ensemble.train import checkpoint, folder, joint, trainer  # noqa: E402
 from lm_eval_lora_ensemble.train.recipe import Recipe  # noqa: E402
 from lm_eval_lora_ensemble.train.run import train_members  # noqa: E402
 
@@ -44,7 +45,7 @@ PHASES = {
 def main() -> None:
     recipe_path, kills, seed, seconds = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
     recipe = Recipe.load(recipe_path)
-    examples._task_manager = lambda path: TaskManager(include_path=path, include_defaults=False)
+    rendering._task_manager = lambda path: TaskManager(include_path=path, include_defaults=False)
     generator = random.Random(seed)
     deaths = []
     while len(deaths) < kills:

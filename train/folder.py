@@ -8,6 +8,7 @@
         epochs.jsonl              one line an epoch: the member alone
         epoch_01/ …               the adapter after each epoch
         validation/epoch_00.npy … loglikelihoods [D, C] of the validation documents
+        validation/documents.json which documents those are: their golds, and their choices' lengths
     .training/                    checkpoints, scratch space and locks; removed when all is done
         schema_version            how this release computes a step; written before recipe.yaml
 
@@ -28,6 +29,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lm_eval_lora_ensemble.disk import checksums, copy_file, write_folder, write_json, write_text, writing
+from lm_eval_lora_ensemble.ensemble.calibration import Calibration
 from lm_eval_lora_ensemble.ensemble.manifest import FILE_NAME as MANIFEST
 from lm_eval_lora_ensemble.ensemble.manifest import Manifest, MemberEntry
 from lm_eval_lora_ensemble.errors import EnsembleError, Interrupted
@@ -202,6 +204,17 @@ class EnsembleFolder:
         """Return where a member's validation loglikelihoods of an epoch are."""
         return self.path / name / "validation" / f"{epoch_name(epoch)}.npy"
 
+    def documents_file(self, name: str) -> Path:
+        """Return where it stands which documents a member's validation loglikelihoods are of."""
+        return self.path / name / "validation" / "documents.json"
+
+    def write_documents(self, name: str, documents: dict[str, Any]) -> None:
+        """Write a member's validation/documents.json."""
+        path = self.documents_file(name)
+        with writing(self.path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, json.dumps(documents) + "\n")
+
     def finish_member(self, name: str, seed: int, epochs: int, final_epoch: int) -> None:
         """Make epoch ``final_epoch`` the member's final adapter and write its entry of the manifest."""
         folder = self.path / name
@@ -221,10 +234,8 @@ class EnsembleFolder:
             )
             write_json(folder / MEMBER, asdict(entry))
 
-    def finish(self, base_model: str) -> bool:
-        """Write the manifest if every member is done; return whether all is complete."""
-        if self.unfinished:
-            return False
+    def finish(self, base_model: str, calibration: Calibration | None) -> None:
+        """Write the manifest of members that are all done, and remove what only training needed."""
         entries = []
         for name in self.names:
             raw = json.loads((self.path / name / MEMBER).read_text(encoding="utf-8"))
@@ -236,11 +247,11 @@ class EnsembleFolder:
                 members=entries,
                 recipe=self.recipe.as_mapping(operational=False),
                 versions=versions(),
+                calibration=calibration,
             ).write(self.path)
         for rest in self.path.glob(".*.tmp"):
             rest.unlink(missing_ok=True)
         shutil.rmtree(self.scratch, ignore_errors=True)
-        return True
 
 
 def begun(folder: Path) -> bool:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from lm_eval_lora_ensemble.train.examples import Choice, Example
+from lm_eval_lora_ensemble.train.scale import SUMMED, ChoiceScale
 from lm_eval_lora_ensemble.tree.requests import TokenRequest
 from lm_eval_lora_ensemble.tree.rows import IntArray, RowBatch, TreeRow, chain, lay_out
 from lm_eval_lora_ensemble.tree.trie import PrefixTrie
@@ -34,6 +35,7 @@ class Batch:
         output: [N, D, C, T] index into ``scored`` of each scored token's prediction.
         target: [N, D, C, T] the scored tokens.
         weight: float32 [N, D, C, T], 1 for a token, 0 for padding.
+        divisor: float32 [N, D, C], what a choice's loglikelihood is divided by in the objective; 1 for padding.
         is_choice: bool [N, D, C], False for padding.
         is_gold: bool [N, D, C].
     """
@@ -45,6 +47,7 @@ class Batch:
     output: torch.Tensor
     target: torch.Tensor
     weight: torch.Tensor
+    divisor: torch.Tensor
     is_choice: torch.Tensor
     is_gold: torch.Tensor
 
@@ -104,10 +107,20 @@ class Layout:
         gold_only: lay out the (first) right choice of each document and nothing else.
         use_tree: one tree row a document, rather than one ordinary row a choice.
         dtype: of the model, which its attention mask must have.
+        scale: how the objective scales the choices' loglikelihoods.
+
+    Raises:
+        EnsembleError: the scale is by characters, and a choice has none.
     """
 
     def __init__(
-        self, examples: Sequence[Example], *, gold_only: bool, use_tree: bool, dtype: torch.dtype
+        self,
+        examples: Sequence[Example],
+        *,
+        gold_only: bool,
+        use_tree: bool,
+        dtype: torch.dtype,
+        scale: ChoiceScale = SUMMED,
     ) -> None:
         self.gold = [(0,) if gold_only else example.gold for example in examples]
         chosen = [
@@ -117,6 +130,7 @@ class Layout:
         self.choices = max(map(len, chosen))
         self.answer_tokens = max(len(c.continuation) for choices in chosen for c in choices)
         self.dtype = dtype
+        self.divisors = [scale.divisors(example) for example in examples] if not gold_only else None
         self.documents = [_lay_out(c, use_tree=self.use_tree) for c in chosen]
         self.rows_per_document = 1 if self.use_tree else self.choices
 
@@ -139,9 +153,12 @@ class Layout:
         output = torch.zeros(N * D, C, T, dtype=torch.long)
         target = torch.zeros(N * D, C, T, dtype=torch.long)
         weight = torch.zeros(N * D, C, T)
+        divisor = torch.ones(N * D, C)
         is_gold = torch.zeros(N * D, C, dtype=torch.bool)
         for d, document in enumerate(flat):
             is_gold[d, list(self.gold[document])] = True
+            if self.divisors:
+                divisor[d, : len(self.divisors[document])] = torch.tensor(self.divisors[document])
             for c, targets in enumerate(self.documents[document].targets):
                 for t, (row, place, token) in enumerate(targets):
                     flat_place = (d * self.rows_per_document + row) * length + place
@@ -157,6 +174,7 @@ class Layout:
             output=output.view(N, D, C, T).to(device),
             target=target.view(N, D, C, T).to(device),
             weight=weight.view(N, D, C, T).to(device),
+            divisor=divisor.view(N, D, C).to(device),
             is_choice=(weight.sum(-1) > 0).view(N, D, C).to(device),
             is_gold=is_gold.view(N, D, C).to(device),
         )

@@ -97,7 +97,8 @@ def document_losses(lls: torch.Tensor, batch: Batch, objective: str) -> torch.Te
 
     ``answer``: −log p(gold continuation | prompt), summed over its tokens over the full vocabulary. With a
     one-letter answer it is the cross-entropy at the letter (arXiv 2402.12264).
-    ``choices``: −log of the gold choices' share of the softmax over the choices' loglikelihoods.
+    ``choices``: −log of the gold choices' share of the softmax over the choices' loglikelihoods, each divided by
+    the batch's divisor.
 
     Args:
         lls: [N, D, C] from :func:`loglikelihoods`.
@@ -106,8 +107,9 @@ def document_losses(lls: torch.Tensor, batch: Batch, objective: str) -> torch.Te
     """
     if objective == "answer":
         return -lls[..., 0]
-    choices = lls.masked_fill(~batch.is_choice, -torch.inf)
-    gold = lls.masked_fill(~batch.is_gold, -torch.inf)
+    scores = lls / batch.divisor
+    choices = scores.masked_fill(~batch.is_choice, -torch.inf)
+    gold = scores.masked_fill(~batch.is_gold, -torch.inf)
     return choices.logsumexp(-1) - gold.logsumexp(-1)
 
 

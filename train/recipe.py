@@ -68,6 +68,15 @@ class Recipe:
         "A document's loss in nats: answer is -log p(gold continuation), choices is -log of the gold's share "
         "of the softmax over the choices.",
     )
+    choice_scores: str = key(
+        "sum",
+        choice("sum", "chars"),
+        "The scores in the softmax of choices: sum is the choices' loglikelihoods, chars divides each by its "
+        "characters, as acc_norm does.",
+    )
+    choice_temperature: float = key(
+        1.0, positive(), "The fixed τ that the softmax of choices divides its scores by."
+    )
     output: str = key("./ensemble", text(), "Folder the ensemble is written to.", operational=True)
 
     members: int = key(5, integer(1), "Number of members, each one adapter.", section="The ensemble")
@@ -321,6 +330,12 @@ def _check_together(recipe: Recipe, where: str) -> None:
     """Refuse values that are each fine but not together."""
     if recipe.early_stopping is not None and recipe.validation_limit == 0:
         raise EnsembleError(f"{where}: early_stopping needs validation documents, validation_limit is 0")
+    if recipe.objective != "choices":
+        for name in ("choice_scores", "choice_temperature"):
+            if getattr(recipe, name) != Recipe.__dataclass_fields__[name].default:
+                raise EnsembleError(
+                    f"{where}: {name} is for objective=choices, not for {recipe.objective}; remove one of the two"
+                )
     given = len(recipe.initial_adapters)
     if given not in (0, 1, recipe.members):
         raise EnsembleError(

@@ -36,15 +36,15 @@ def train_members(recipe: Recipe, member: int | None = None) -> Path:
     state = _process_state(recipe)
     indices = _share(recipe, member, state.process_index, state.num_processes)
     names = [member_name(i) for i in indices if not folder.finished(member_name(i))]
-    from lm_eval_lora_ensemble.train import base
-
     if names:
+        from lm_eval_lora_ensemble.train import base
         from lm_eval_lora_ensemble.train.trainer import Trainer
 
         with folder.claim(names):
             seeds = {name: recipe.seed + folder.names.index(name) for name in names}
             Trainer(recipe, folder, seeds, base.pick_device(recipe.device)).run()
-    folder.finish(base.resolve_name(recipe.base_model))
+    if not folder.unfinished:
+        _finish(folder)
     if state.num_processes > 1:
         state.destroy_process_group()
     return folder.path
@@ -69,10 +69,16 @@ def complete(recipe: Recipe) -> Path:
             f"{folder.path} still lacks {', '.join(folder.unfinished)}; give --member I instead of --complete for "
             "each, or neither to train what is left"
         )
-    from lm_eval_lora_ensemble.train.base import resolve_name
-
-    folder.finish(resolve_name(recipe.base_model))
+    _finish(folder)
     return folder.path
+
+
+def _finish(folder: EnsembleFolder) -> None:
+    """Fit the members' temperatures and write the manifest, all members being done."""
+    from lm_eval_lora_ensemble.train.base import resolve_name
+    from lm_eval_lora_ensemble.train.temperatures import fit_temperatures
+
+    folder.finish(resolve_name(folder.recipe.base_model), fit_temperatures(folder))
 
 
 def _process_state(recipe: Recipe) -> Any:

@@ -20,6 +20,8 @@ from lm_eval_lora_ensemble.train.joint import JointEngine
 from lm_eval_lora_ensemble.train.layout import Layout
 from lm_eval_lora_ensemble.train.order import Order
 from lm_eval_lora_ensemble.train.plain import PlainEngine
+from lm_eval_lora_ensemble.train.scale import ChoiceScale
+from lm_eval_lora_ensemble.train.temperatures import describe, final_epoch
 from lm_eval_lora_ensemble.train.trackers import Trackers
 from lm_eval_lora_ensemble.train.tree import failed_trial, why_no_tree_rows
 from lm_eval_lora_ensemble.train.validation import Validation, assemble_metrics
@@ -72,11 +74,13 @@ class Trainer:
         self.members = members
         self.base = base.load(recipe, device)
         data = examples.load(recipe, self.base)
+        scale = ChoiceScale.of(recipe)
         self.layout = Layout(
             data.training,
             gold_only=recipe.objective == "answer",
             use_tree=recipe.objective == "choices" and self._use_tree(data.training),
             dtype=self.base.model.dtype,
+            scale=scale,
         )
         self.order = Order(
             self.layout.lengths(),
@@ -86,13 +90,15 @@ class Trainer:
             shuffle=recipe.shuffle,
             length_groups=recipe.length_groups,
         )
-        self.validation = None
+        self.validation, self.documents = None, None
         if data.validation:
+            self.documents = describe(data)
             self.validation = Validation(
                 data.validation,
                 recipe.batch_size,
                 use_tree=self._use_tree(data.validation),
                 dtype=self.base.model.dtype,
+                scale=scale,
             )
         steps = self.order.steps_per_epoch * recipe.epochs
         self.total_steps = min(steps, recipe.max_steps or steps)
@@ -136,6 +142,9 @@ class Trainer:
     def run(self) -> None:
         """Go on from the newest checkpoint, train to the end and write every member's files."""
         self.folder.begin()
+        if self.documents:
+            for name in self.members:
+                self.folder.write_documents(name, self.documents)
         self._resume()
         if self.step == 0:
             self._measure(0)
@@ -145,7 +154,7 @@ class Trainer:
                 self._save()
         for name, progress in self.progress.items():
             epochs = progress.records[-1]["epoch"]
-            final = progress.best_epoch if self.recipe.early_stopping and progress.best_epoch else epochs
+            final = final_epoch(progress.records, best=self.recipe.early_stopping is not None)
             self.folder.finish_member(name, self.members[name], epochs, final)
 
     def _run_epoch(self, trackers: Trackers, bar: tqdm[Any]) -> None:

@@ -17,6 +17,7 @@ from lm_eval_lora_ensemble.train.engine import Engine
 from lm_eval_lora_ensemble.train.examples import Example
 from lm_eval_lora_ensemble.train.layout import Layout
 from lm_eval_lora_ensemble.train.order import round_up
+from lm_eval_lora_ensemble.train.scale import SUMMED, ChoiceScale
 
 if TYPE_CHECKING:
     import torch
@@ -34,13 +35,21 @@ class Validation:
         batch_size: documents a forward pass, for each member.
         use_tree: see :class:`Layout`.
         dtype: see :class:`Layout`.
+        scale: of the scores whose softmax is measured.
     """
 
     def __init__(
-        self, examples: Sequence[Example], batch_size: int, *, use_tree: bool, dtype: torch.dtype
+        self,
+        examples: Sequence[Example],
+        batch_size: int,
+        *,
+        use_tree: bool,
+        dtype: torch.dtype,
+        scale: ChoiceScale = SUMMED,
     ) -> None:
         self.layout = Layout(examples, gold_only=False, use_tree=use_tree, dtype=dtype)
         self.batch_size = batch_size
+        self.divisor = scale.as_array(examples)
         self.is_gold = np.zeros((len(examples), self.layout.choices), dtype=bool)
         for d, example in enumerate(examples):
             self.is_gold[d, list(example.gold)] = True
@@ -66,7 +75,8 @@ class Validation:
         """
         from lm_eval_lora_ensemble.metrics.choices import choice_probabilities
 
-        return self._measures(lls, choice_probabilities(lls))
+        scores = lls / self.divisor
+        return self._measures(scores, choice_probabilities(scores))
 
     def ensemble_measures(self, lls: FloatArray) -> dict[str, float]:
         """Return acc, nll, ece, predictive entropy and mutual information of the ensemble.
@@ -77,21 +87,21 @@ class Validation:
         from lm_eval_lora_ensemble.metrics.choices import choice_probabilities, ensemble_probabilities
         from lm_eval_lora_ensemble.metrics.information import mutual_information, predictive_entropy
 
-        p = choice_probabilities(lls)
-        mixture = np.logaddexp.reduce(lls, axis=0)
+        p = choice_probabilities(lls / self.divisor)
+        mixture = (np.logaddexp.reduce(lls, axis=0) - np.log(len(lls))) / self.divisor
         return self._measures(mixture, ensemble_probabilities(p)) | {
             "predictive_entropy": float(predictive_entropy(p).mean()),
             "mutual_information": float(mutual_information(p).mean()),
         }
 
-    def _measures(self, lls: FloatArray, p: FloatArray) -> dict[str, float]:
-        """Return acc by argmax of the loglikelihoods (lm-eval's), nll and ece by the probabilities."""
+    def _measures(self, scores: FloatArray, p: FloatArray) -> dict[str, float]:
+        """Return acc by argmax of the scores (lm-eval's acc or acc_norm), nll and ece by the probabilities."""
         from lm_eval_lora_ensemble.metrics.calibration import expected_calibration_error
 
         documents = np.arange(len(p))
         correct = self.is_gold[documents, p.argmax(-1)]
         return {
-            "acc": float(self.is_gold[documents, lls.argmax(-1)].mean()),
+            "acc": float(self.is_gold[documents, scores.argmax(-1)].mean()),
             "nll": float(-np.log((p * self.is_gold).sum(-1)).mean()),
             "ece": float(expected_calibration_error(p.max(-1), correct)),
         }

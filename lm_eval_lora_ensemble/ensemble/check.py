@@ -10,8 +10,8 @@ import argparse
 from pathlib import Path
 
 from lm_eval_lora_ensemble.disk import sha256
-from lm_eval_lora_ensemble.ensemble.adapters.folder import CONFIG, Adapter, check_adapter, inside
-from lm_eval_lora_ensemble.ensemble.manifest import FILE_NAME as MANIFEST
+from lm_eval_lora_ensemble.ensemble.adapters.folder import Adapter, check_adapter, inside
+from lm_eval_lora_ensemble.ensemble.listing import refuse_unfinished
 from lm_eval_lora_ensemble.ensemble.members import Ensemble, Member, Source, common_base, find_sources
 from lm_eval_lora_ensemble.errors import EXIT_CODE, EnsembleError, one_line
 
@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
         EnsembleError: no members, or a folder that training has not finished.
     """
     folder = arguments.ensemble.expanduser()
-    _refuse_unfinished(folder)
+    refuse_unfinished(folder)
     sources, listed = find_sources(arguments.ensemble)
     sound: dict[str, Adapter] = {}
     for source in sources:
@@ -56,16 +56,6 @@ def run(arguments: argparse.Namespace) -> int:
     ensemble = Ensemble(*common_base(configs, listed, arguments.pretrained), members)
     print(one_line(f"{len(members)} members on {ensemble.base_model}, fingerprint {ensemble.fingerprint}"))
     return 0
-
-
-def _refuse_unfinished(folder: Path) -> None:
-    """Refuse a training run's folder without a manifest; a recipe beside an adapter is a finished member's."""
-    recipe = folder / "recipe.yaml"
-    if recipe.is_file() and not any((folder / name).is_file() for name in (MANIFEST, CONFIG)):
-        raise EnsembleError(
-            f"{folder} is a training run without {MANIFEST}; go on with it (`lora-ensemble train {recipe}`), or, "
-            f"where every member is done, write it: `lora-ensemble train {recipe} --complete`"
-        )
 
 
 def _check_member(root: Path, source: Source) -> tuple[Adapter, str]:

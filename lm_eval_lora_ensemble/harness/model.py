@@ -29,7 +29,13 @@ from lm_eval_lora_ensemble.ensemble.quantization import quantization_config, tak
 from lm_eval_lora_ensemble.ensemble.tokenizer import check_tokenizers
 from lm_eval_lora_ensemble.errors import EnsembleError, shorten_errors_of_command
 from lm_eval_lora_ensemble.harness.cache import claim_cache, read_older_scores, saved_scores
-from lm_eval_lora_ensemble.harness.provenance import device_name, recipe_of, versions
+from lm_eval_lora_ensemble.harness.provenance import (
+    calibration_in_use,
+    calibration_of,
+    device_name,
+    recipe_of,
+    versions,
+)
 from lm_eval_lora_ensemble.harness.saving import save_runs_whole
 from lm_eval_lora_ensemble.harness.tasks import extend_tasks
 from lm_eval_lora_ensemble.precision import has_fast_bfloat16
@@ -106,6 +112,7 @@ class LoraEnsembleLM(HFLM):
         self._model: Any = None  # lm-eval's name for the model; HFLM sets it
         self.average: Average = average
         self.recipe = recipe_of(DEFAULT_FOLDER if adapters is None else adapters)
+        self.calibration = calibration_of(DEFAULT_FOLDER if adapters is None else adapters)
         self.work = Work()
         if "revision" not in kwargs and self.ensemble.revision:
             kwargs["revision"] = self.ensemble.revision
@@ -449,6 +456,7 @@ class LoraEnsembleLM(HFLM):
                 for m in self.ensemble.members
             ],
             "recipe": self.recipe,
+            "calibration": calibration_in_use(self.calibration, self.ensemble),
             # lm-eval's own `device` is what was asked for
             "device": device_name(self.device),
             "dtype": str(self.model.dtype).removeprefix("torch."),

@@ -8,7 +8,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_lora_ensemble.ensemble.calibration import Calibration
 from lm_eval_lora_ensemble.ensemble.manifest import FILE_NAME, Manifest
+from lm_eval_lora_ensemble.ensemble.members import Ensemble
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +40,21 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return str(device)
+
+
+def calibration_of(adapters: str | Path | Sequence[str | Path]) -> Calibration | None:
+    """Return the temperatures in an ensemble folder's manifest; None without any."""
+    if not isinstance(adapters, (str, Path)):
+        return None
+    folder = Path(adapters).expanduser()
+    return Manifest.read(folder).calibration if (folder / FILE_NAME).is_file() else None
+
+
+def calibration_in_use(calibration: Calibration | None, ensemble: Ensemble) -> dict[str, Any] | None:
+    """Return what the manifest's temperatures say of the members that answer; None of an earlier epoch's."""
+    if calibration is None or ensemble.epoch is not None:
+        return None
+    return calibration.of_first(len(ensemble.members)).as_mapping()
 
 
 def recipe_of(adapters: str | Path | Sequence[str | Path]) -> dict[str, Any] | None:
