@@ -9,7 +9,7 @@ require_lm_eval()
 
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -73,6 +73,8 @@ class LoraEnsembleLM(HFLM):
         average: ``probability`` (log-mean-exp of the members' sequence loglikelihoods: the Bayesian model
             average) or ``loglikelihood`` (their arithmetic mean: a log-opinion pool).
         uncertainty_metrics: report the uncertainty metrics on every task of multiple choice or whole strings.
+        temperature: T of the length-normalised metrics (``ece_norm`` …): ``crossfit``, on each task's own other
+            folds, or ``validation``, as the manifest has it from training or from ``lora-ensemble calibrate``.
         allow_base_mismatch: accept adapters that name another base model than ``pretrained``.
         **kwargs: everything lm-eval's ``hf`` takes, except ``peft`` and ``delta``.
 
@@ -88,6 +90,7 @@ class LoraEnsembleLM(HFLM):
         epoch: int | None = None,
         average: Average = "probability",
         uncertainty_metrics: bool = True,
+        temperature: str = "crossfit",
         allow_base_mismatch: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -113,6 +116,7 @@ class LoraEnsembleLM(HFLM):
         self.average: Average = average
         self.recipe = recipe_of(DEFAULT_FOLDER if adapters is None else adapters)
         self.calibration = calibration_of(DEFAULT_FOLDER if adapters is None else adapters)
+        scale = _scale(temperature, calibration_in_use(self.calibration, self.ensemble))
         self.work = Work()
         if "revision" not in kwargs and self.ensemble.revision:
             kwargs["revision"] = self.ensemble.revision
@@ -128,7 +132,7 @@ class LoraEnsembleLM(HFLM):
                 logger.warning(
                     "%s is the same adapter as %s: it adds nothing but weight to that one", name, original
                 )
-        extend_tasks(enabled=bool(uncertainty_metrics))
+        extend_tasks(enabled=bool(uncertainty_metrics), scale=scale)
         save_runs_whole()
 
     @property
@@ -463,3 +467,22 @@ class LoraEnsembleLM(HFLM):
             "versions": versions(),
         }
         return info
+
+
+def _scale(temperature: str, calibration: Mapping[str, Any] | None) -> float | None:
+    """Return T of the length-normalised metrics, None to cross-fit it.
+
+    Raises:
+        EnsembleError: an unknown word, or no temperature from validation.
+    """
+    if temperature == "crossfit":
+        return None
+    if temperature != "validation":
+        raise EnsembleError(f"temperature={temperature}: use crossfit or validation")
+    try:
+        return float(calibration["scores"]["chars"]["ensemble"]["temperature"])  # type: ignore[index]
+    except (KeyError, TypeError):
+        raise EnsembleError(
+            "temperature=validation: the ensemble has no temperature for scores by characters with these members; "
+            "`lora-ensemble calibrate ENSEMBLE TASK` writes one"
+        ) from None

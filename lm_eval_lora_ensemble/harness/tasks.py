@@ -27,17 +27,18 @@ from lm_eval_lora_ensemble.harness.aggregation import (
     set_documents_aside,
 )
 from lm_eval_lora_ensemble.harness.document import extended
-from lm_eval_lora_ensemble.harness.state import UncertaintyState, has_reported
+from lm_eval_lora_ensemble.harness.state import UncertaintyState, has_reported, state_of
 from lm_eval_lora_ensemble.scoring.loglikelihood import EnsembleLoglikelihood
 
 
-def extend_tasks(*, enabled: bool) -> None:
+def extend_tasks(*, enabled: bool, scale: float | None = None) -> None:
     """Let stock tasks report uncertainty for results that carry members' scores.
 
     Args:
         enabled: whether the model of the run wants them; asked anew by each ``lora-ensemble`` model.
+        scale: T of the length-normalised twins, fitted on a validation split; None cross-fits it on each task.
     """
-    _Switch.enabled = enabled
+    _Switch.enabled, _Switch.scale = enabled, scale
     patches.extend_stock_tasks(_stock_results, _with_aggregations, _with_directions)
     _extend_tables()
 
@@ -59,9 +60,10 @@ def _before_aggregation(task: Any, raw_metrics: RawMetrics) -> None:
 
 
 class _Switch:
-    """Whether stock tasks report uncertainty for ensemble results; of the latest ensemble loaded."""
+    """Whether stock tasks report uncertainty for ensemble results, and on which scale; of the latest ensemble."""
 
     enabled = False
+    scale: float | None = None
 
 
 def _stock_results(
@@ -78,6 +80,8 @@ def _extended(
 ) -> dict[str, Any]:
     if task.OUTPUT_TYPE in strings.OUTPUT_TYPES:
         return strings.extended(task, results, stock)
+    if isinstance(_first_value(results), EnsembleLoglikelihood):
+        state_of(task).scale = _Switch.scale
     return extended(task, doc, results, stock)
 
 
@@ -104,7 +108,8 @@ class UncertaintyTask(ConfigurableTask):
     * ``stock``: path of a task's YAML below lm-eval's own tasks folder. Its configuration is taken from the
       installed lm-eval, so prompts are the stock task's; other keys override it.
     * ``uncertainty``: ``bins`` (default 15), ``metrics`` (a list of further metrics of the registry, such as
-      ``aurc_entropy``; the default table stays short) and ``other_class`` (default false).
+      ``aurc_entropy`` or, of length-normalised scores, ``accuracy_norm``; the default table stays short),
+      ``other_class`` (default false) and ``normalise`` (whether the length-normalised twins are reported; the task decides).
     """
 
     adds_to_stock_results = True
