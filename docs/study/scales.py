@@ -20,8 +20,8 @@ from lm_eval_lora_ensemble.metrics.bootstrap import Estimate
 SHOWN = "hellaswag"
 PANELS = (
     ("summed, T = 1", Distribution("sum", RAW)),
-    ("per character, T from ARC-Easy's validation split", Distribution("chars", VALIDATION)),
-    ("per character, T cross-fitted (oracle)", Distribution("chars", CROSSFIT)),
+    ("per character, T: validation", Distribution("chars", VALIDATION)),
+    ("per character, T: oracle", Distribution("chars", CROSSFIT)),
 )
 
 
@@ -47,7 +47,7 @@ def main(results: Path, figure: Path) -> None:
     drawing = Figure(figsize=(15, 5.6))
     for panel, (title, distribution) in zip(drawing.subplots(1, len(PANELS)), PANELS, strict=True):
         figures.plot_reliability(run.under(distribution).predictions(SHOWN), title=title, ax=panel)
-    drawing.savefig(figure, dpi=110, metadata={"Software": None})
+    drawing.savefig(figure, dpi=110, bbox_inches="tight", metadata={"Software": None})
 
 
 if __name__ == "__main__":
