@@ -18,7 +18,7 @@ from lm_eval_lora_ensemble.metrics.arrays import BoolArray, FloatArray, as_float
 TEMPERATURE_RANGE = (0.01, 100.0)
 """Where T is sought: beyond it answers are certain, or chance, to all practical purposes."""
 
-_GRID = np.linspace(np.log(TEMPERATURE_RANGE[0]), np.log(TEMPERATURE_RANGE[1]), 61)
+_GRID = np.log(np.geomspace(*TEMPERATURE_RANGE, 61))
 _INDISTINGUISHABLE = 1e-9  # nats between two mean losses
 
 
@@ -153,7 +153,7 @@ def _checked(scores: npt.ArrayLike, is_gold: npt.ArrayLike) -> tuple[FloatArray,
     if bad.any():
         index = first_index(bad)
         raise EnsembleError(f"score is {values[index]} at index {index}; score again in float32 or bfloat16")
-    empty: BoolArray = np.asarray(np.isneginf(values).all(axis=2))
+    empty = np.isneginf(values.max(axis=2))
     if empty.any():
         raise EnsembleError(
             f"every choice has score -inf at index {first_index(empty)}: no distribution follows"
