@@ -30,7 +30,7 @@ STOCK_YAML = {
     "mmlu_uq_high_school_us_history": "mmlu/default/mmlu_high_school_us_history.yaml",
 }
 PAPER = ("paper_commonsense_qa", "paper_mmlu_stem", "paper_mmlu_social_sciences")
-QUICKSTART = ("quickstart_countries", "quickstart_elements")
+QUICKSTART = ("quickstart_countries", "quickstart_invented")
 GROUPS = ("mmlu_uq", "mmlu_uq_stem", "mmlu_uq_humanities", "mmlu_uq_social_sciences", "mmlu_uq_other")
 MEANS = ("acc", "nll", "brier_score", "predictive_entropy", "expected_entropy", "mutual_information")
 
@@ -279,7 +279,7 @@ def test_paper_tasks_report_the_class_other(manager, rows, letters_hold):
 # --------------------------------------------------------------------------------------- the quickstart
 
 
-@pytest.mark.parametrize(("name", "size"), [("quickstart_countries", 112), ("quickstart_elements", 120)])
+@pytest.mark.parametrize(("name", "size"), [("quickstart_countries", 112), ("quickstart_invented", 112)])
 def test_quickstart_tasks_ask_in_cloze_style(manager, name, size):
     task = load(manager, name)
     assert len(task.eval_docs) == size
