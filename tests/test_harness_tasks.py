@@ -35,7 +35,7 @@ from lm_eval_lora_ensemble.metrics import information
 from lm_eval_lora_ensemble.metrics.battery import Battery
 from lm_eval_lora_ensemble.metrics.detection import detect
 
-TASKS = ("both", "varies_context", "several_golds", "quickstart_elements", "quickstart_countries")
+TASKS = ("both", "varies_context", "several_golds", "quickstart_invented", "quickstart_countries")
 OURS = ("nll", "brier_score", "ece", "rms_ce", "predictive_entropy", "expected_entropy", "mutual_information")
 
 
@@ -100,7 +100,7 @@ def _ensemble_scores(sample: dict) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "task", ["plain_a", "plain_b", "varies_context", "quickstart_elements", "quickstart_countries"]
+    "task", ["plain_a", "plain_b", "varies_context", "quickstart_invented", "quickstart_countries"]
 )
 def test_every_metric_follows_from_the_samples(one_process, task):
     results, samples, _ = one_process
@@ -116,7 +116,7 @@ def test_every_metric_follows_from_the_samples(one_process, task):
 def test_the_battery_reads_what_lm_eval_wrote(one_process, output):
     """Real files, the real reader, and scikit-learn on the same samples."""
     saved = load_runs(output)[0]
-    for task in ("quickstart_countries", "quickstart_elements"):
+    for task in ("quickstart_countries", "quickstart_invented"):
         samples = one_process[1][task]
         predictions = saved.predictions(task)
         battery = {name: value[0] for name, value in Battery(predictions)(np.ones((1, len(samples)))).items()}
@@ -133,11 +133,11 @@ def test_the_battery_reads_what_lm_eval_wrote(one_process, output):
             assert battery[f"error_aupr_{name}"] == pytest.approx(expected)
     with pytest.raises(EnsembleError, match="2 gold answers"):
         saved.predictions("several_golds").require_gold()
-    inside, outside = (saved.predictions(f"quickstart_{name}") for name in ("countries", "elements"))
+    inside, outside = (saved.predictions(f"quickstart_{name}") for name in ("countries", "invented"))
     found = detect(inside, outside, resamples=10)
     entropies = [
         [sample["predictive_entropy"] for sample in one_process[1][f"quickstart_{name}"]]
-        for name in ("countries", "elements")
+        for name in ("countries", "invented")
     ]
     labels = [0] * len(entropies[0]) + [1] * len(entropies[1])
     expected = sklearn.metrics.roc_auc_score(labels, [*entropies[0], *entropies[1]])

@@ -1,20 +1,21 @@
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 
 import pytest
 
 from lm_eval_lora_ensemble.quickstart import questions
-from lm_eval_lora_ensemble.quickstart.facts import CONTINENTS, COUNTRIES, ELEMENTS
+from lm_eval_lora_ensemble.quickstart.facts import CONTINENTS, COUNTRIES, INVENTED_PLACES
 
 BY_NAME = {country.name: country for country in COUNTRIES}
-ELEMENT_BY_NAME = {element.name: element for element in ELEMENTS}
+PLACE_BY_NAME = {place.name: place for place in INVENTED_PLACES}
 
 # of every question in order; a change here makes results incomparable: raise the tasks' version with it
 SHA256 = {
-    "countries": "12e5e89c15f5bbffe04632108bdace8db9736518e3a50adcf04b06934bae4ff9",
-    "elements": "18b313e29de2b01ae5b237d37638aaaf55ba372d2f1dc87e284b5781f73b598b",
+    "countries": "d6b7b7a54c09b14e4eb71258eb3ccc36a1f18b1437d40fe99aa129d544bdb04e",
+    "invented": "b2ad1a44cb9dc4697a61bb94f3f3e3cdb96f545fe0e3f0f31a9e9f097fd56bdb",
 }
 
 
@@ -24,8 +25,8 @@ def countries():
 
 
 @pytest.fixture(scope="module")
-def elements():
-    return list(questions.elements()["test"])
+def invented():
+    return {split: list(rows) for split, rows in questions.invented().items()}
 
 
 def answer(row):
@@ -33,38 +34,66 @@ def answer(row):
 
 
 def test_facts_are_unambiguous():
-    for table in (COUNTRIES, ELEMENTS):
-        for column in (0, 1):  # name and capital, name and symbol
-            values = [row[column] for row in table]
-            assert len(set(values)) == len(values)
+    for column in (0, 1):  # name and capital
+        values = [row[column] for row in COUNTRIES]
+        assert len(set(values)) == len(values)
     assert {country.continent for country in COUNTRIES} == set(CONTINENTS)
     assert not [row for row in COUNTRIES if row.capital in row.name or row.name in row.capital]
-    numbers = [element.number for element in ELEMENTS]
-    assert numbers == sorted(set(numbers))
 
 
-def test_sizes(countries, elements):
+def test_invented_places_are_no_real_ones_and_name_none():
+    coined = [name.lower() for place in INVENTED_PLACES for name in place]
+    real = [name.lower() for country in COUNTRIES for name in (country.name, country.capital)]
+    real += [continent.lower() for continent in CONTINENTS]
+    assert len(set(coined)) == len(coined)
+    assert not [(a, b) for a in coined for b in real if a in b or b in a]
+    # nor one that a slip of the pen makes of a real one
+    assert not [(name, near) for name in coined if (near := difflib.get_close_matches(name, real, 1, 0.8))]
+
+
+def test_sizes(countries, invented):
     assert {split: len(rows) for split, rows in countries.items()} == {
-        "train": 188,
-        "validation": 24,
+        "train": 140,
+        "validation": 72,
         "test": 112,
     }
-    assert len(elements) == 120
+    assert {split: len(rows) for split, rows in invented.items()} == {"validation": 72, "test": 112}
 
 
-def test_every_question_has_four_different_choices_and_the_tables_answer(countries, elements):
-    for row in [row for rows in countries.values() for row in rows] + elements:
+def test_every_question_has_four_different_choices_and_the_tables_answer(countries):
+    for row in [row for rows in countries.values() for row in rows]:
         assert set(row) == {"question", "choices", "gold", "entity", "attribute"}
         assert len(set(row["choices"])) == len(row["choices"]) == 4
         assert 0 <= row["gold"] < 4
-    for row in [row for rows in countries.values() for row in rows]:
         fact = BY_NAME[row["entity"]]
         assert answer(row) == (
             fact.name if row["attribute"] == "country" else getattr(fact, row["attribute"])
         )
-    for row in elements:
-        fact = ELEMENT_BY_NAME[row["entity"]]
-        assert answer(row) == (fact.symbol if row["attribute"] == "symbol" else fact.name)
+
+
+def test_invented_questions_are_the_real_ones_with_another_name(countries, invented):
+    """What tells the two sets apart is the place's name and nothing else."""
+    for split in ("validation", "test"):
+        assert len(invented[split]) == len(countries[split])
+        for real, coined in zip(countries[split], invented[split], strict=True):
+            country, place = BY_NAME[real["entity"]], PLACE_BY_NAME[coined["entity"]]
+            asked = (
+                (country.capital, place.capital)
+                if real["attribute"] == "country"
+                else (country.name, place.name)
+            )
+            before, after = real["question"].split(asked[0])
+            assert coined["question"] == f"{before}{asked[1]}{after}"
+            for key in ("choices", "gold", "attribute"):
+                assert coined[key] == real[key]
+            # a place that does not exist is never an answer
+            assert not {place.name, place.capital} & set(coined["choices"])
+
+
+def test_no_invented_place_is_in_two_splits(invented):
+    validation, test = ({row["entity"] for row in invented[split]} for split in ("validation", "test"))
+    assert not validation & test
+    assert validation | test == set(PLACE_BY_NAME)
 
 
 def test_no_wrong_choice_is_right_for_the_same_question(countries):
@@ -82,19 +111,20 @@ def test_splits_share_no_country_and_no_name_of_one(countries):
         assert not mentioned(first) & mentioned(second)
 
 
-def test_right_answers_are_spread_over_the_four_places(countries, elements):
-    for rows in (countries["train"], countries["test"], elements):
+def test_right_answers_are_spread_over_the_four_places(countries):
+    for rows in (countries["train"], countries["validation"], countries["test"]):
         counts = [sum(row["gold"] == place for row in rows) for place in range(4)]
         assert min(counts) > len(rows) / 8
 
 
-def test_metadata_that_lm_eval_passes_changes_nothing(countries):
-    again = questions.countries(version=1.0, config_source="x.yaml", seed=7, pretrained="model")
-    assert {split: list(rows) for split, rows in again.items()} == countries
+def test_metadata_that_lm_eval_passes_changes_nothing(countries, invented):
+    for make, rows in ((questions.countries, countries), (questions.invented, invented)):
+        again = make(version=1.0, config_source="x.yaml", seed=7, pretrained="model")
+        assert {split: list(split_rows) for split, split_rows in again.items()} == rows
 
 
-def test_questions_are_the_same_everywhere(countries, elements):
+def test_questions_are_the_same_everywhere(countries, invented):
     def digest(rows):
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
-    assert {"countries": digest(countries), "elements": digest(elements)} == SHA256
+    assert {"countries": digest(countries), "invented": digest(invented)} == SHA256

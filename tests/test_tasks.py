@@ -39,7 +39,7 @@ BAYESIAN_LORA = (  # the six sets in the literature's order
     "paper_boolq",
 )
 LETTERS = (*BAYESIAN_LORA, "paper_hellaswag")  # tests/test_letters.py
-QUICKSTART = ("quickstart_countries", "quickstart_elements")
+QUICKSTART = ("quickstart_countries", "quickstart_invented")
 MMLU_GROUPS = ("mmlu_uq", "mmlu_uq_stem", "mmlu_uq_humanities", "mmlu_uq_social_sciences", "mmlu_uq_other")
 MEANS = ("acc", "nll", "brier_score", "predictive_entropy", "expected_entropy", "mutual_information")
 
@@ -312,7 +312,7 @@ def test_paper_tasks_report_the_class_other(manager, rows, letters_hold):
 # --------------------------------------------------------------------------------------- the quickstart
 
 
-@pytest.mark.parametrize(("name", "size"), [("quickstart_countries", 112), ("quickstart_elements", 120)])
+@pytest.mark.parametrize(("name", "size"), [("quickstart_countries", 112), ("quickstart_invented", 112)])
 def test_quickstart_tasks_ask_in_cloze_style(manager, name, size):
     task = load(manager, name)
     assert len(task.eval_docs) == size

@@ -1,7 +1,7 @@
 """``lora-ensemble quickstart``: from nothing to a trained, evaluated ensemble in minutes.
 
 A real small language model from the package index, five members trained on questions about countries, and
-lm-eval's own command on countries it was not trained on and on chemical elements.
+lm-eval's own command on countries it was not trained on and on countries that do not exist.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from rich.console import Console
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.report.command import require_libraries
 
-TASKS = ("quickstart_countries", "quickstart_elements")
-_KIND = {"quickstart_countries": "in-domain", "quickstart_elements": "out-of-domain"}
+TASKS = ("quickstart_countries", "quickstart_invented")
+_KIND = {"quickstart_countries": "in-domain", "quickstart_invented": "out-of-domain"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

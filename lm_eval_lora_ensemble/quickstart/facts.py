@@ -1,4 +1,4 @@
-"""Facts that the quickstart's questions are made of.
+"""Facts that the quickstart's questions are made of, and places about which there are none.
 
 Left out on purpose: countries whose capital, continent or currency is disputed, divided or changing, and
 those whose capital is named after them.
@@ -18,12 +18,11 @@ class Country(NamedTuple):
     currency: str
 
 
-class Element(NamedTuple):
-    """A chemical element."""
+class InventedPlace(NamedTuple):
+    """A country that does not exist, and a capital that does not either."""
 
     name: str
-    symbol: str
-    number: int
+    capital: str
 
 
 CONTINENTS = ("Africa", "Asia", "Europe", "North America", "South America", "Oceania")
@@ -112,65 +111,52 @@ COUNTRIES = (
     Country("Zambia", "Lusaka", "Africa", "kwacha"),
 )
 
-ELEMENTS = (
-    Element("hydrogen", "H", 1),
-    Element("helium", "He", 2),
-    Element("lithium", "Li", 3),
-    Element("beryllium", "Be", 4),
-    Element("boron", "B", 5),
-    Element("carbon", "C", 6),
-    Element("nitrogen", "N", 7),
-    Element("oxygen", "O", 8),
-    Element("fluorine", "F", 9),
-    Element("neon", "Ne", 10),
-    Element("sodium", "Na", 11),
-    Element("magnesium", "Mg", 12),
-    Element("aluminium", "Al", 13),
-    Element("silicon", "Si", 14),
-    Element("phosphorus", "P", 15),
-    Element("sulfur", "S", 16),
-    Element("chlorine", "Cl", 17),
-    Element("argon", "Ar", 18),
-    Element("potassium", "K", 19),
-    Element("calcium", "Ca", 20),
-    Element("scandium", "Sc", 21),
-    Element("titanium", "Ti", 22),
-    Element("vanadium", "V", 23),
-    Element("chromium", "Cr", 24),
-    Element("manganese", "Mn", 25),
-    Element("iron", "Fe", 26),
-    Element("cobalt", "Co", 27),
-    Element("nickel", "Ni", 28),
-    Element("copper", "Cu", 29),
-    Element("zinc", "Zn", 30),
-    Element("gallium", "Ga", 31),
-    Element("germanium", "Ge", 32),
-    Element("arsenic", "As", 33),
-    Element("selenium", "Se", 34),
-    Element("bromine", "Br", 35),
-    Element("krypton", "Kr", 36),
-    Element("rubidium", "Rb", 37),
-    Element("strontium", "Sr", 38),
-    Element("yttrium", "Y", 39),
-    Element("zirconium", "Zr", 40),
-    Element("niobium", "Nb", 41),
-    Element("molybdenum", "Mo", 42),
-    Element("ruthenium", "Ru", 44),
-    Element("rhodium", "Rh", 45),
-    Element("palladium", "Pd", 46),
-    Element("silver", "Ag", 47),
-    Element("cadmium", "Cd", 48),
-    Element("indium", "In", 49),
-    Element("tin", "Sn", 50),
-    Element("antimony", "Sb", 51),
-    Element("iodine", "I", 53),
-    Element("xenon", "Xe", 54),
-    Element("barium", "Ba", 56),
-    Element("tungsten", "W", 74),
-    Element("platinum", "Pt", 78),
-    Element("gold", "Au", 79),
-    Element("mercury", "Hg", 80),
-    Element("lead", "Pb", 82),
-    Element("radon", "Rn", 86),
-    Element("uranium", "U", 92),
+# Names coined for this table: no country, capital or town of more than 500 inhabitants in GeoNames has one of them.
+INVENTED_PLACES = (
+    InventedPlace("Velmoria", "Tolvane"),
+    InventedPlace("Tasharan", "Besharet"),
+    InventedPlace("Kirrovia", "Oranvik"),
+    InventedPlace("Zembara", "Pelimbe"),
+    InventedPlace("Druvania", "Nuvoslav"),
+    InventedPlace("Makhoria", "Lurgash"),
+    InventedPlace("Ilvaria", "San Velario"),
+    InventedPlace("Quessaland", "Port Hessel"),
+    InventedPlace("Orbistan", "Qarmeshid"),
+    InventedPlace("Feldoria", "Krondal"),
+    InventedPlace("Naldura", "Jorumba"),
+    InventedPlace("Tuvasca", "Vintasca"),
+    InventedPlace("Ghelmia", "Mizandra"),
+    InventedPlace("Parvona", "Bellorno"),
+    InventedPlace("Chorvak", "Zukmar"),
+    InventedPlace("Ezmaran", "Tamburet"),
+    InventedPlace("Rundovia", "Ostrelka"),
+    InventedPlace("Hadrunia", "Halvessa"),
+    InventedPlace("Jemuria", "Lomaziri"),
+    InventedPlace("Kolvania", "Nistrava"),
+    InventedPlace("Sambirra", "Dakoru"),
+    InventedPlace("Trelonia", "Kesteral"),
+    InventedPlace("Ubantia", "Ombrayo"),
+    InventedPlace("Wexaria", "Inverloss"),
+    InventedPlace("Zorlandia", "Thornavik"),
+    InventedPlace("Dalmezia", "Fossabria"),
+    InventedPlace("Ibruna", "Quillora"),
+    InventedPlace("Noruvia", "Gwendar"),
+    InventedPlace("Mervastan", "Yalmeer"),
+    InventedPlace("Galdora", "Ramethun"),
+    InventedPlace("Askeria", "Ulvasund"),
+    InventedPlace("Bramwazi", "Mbakole"),
+    InventedPlace("Estovar", "Santa Ruela"),
+    InventedPlace("Fendholm", "Brostad"),
+    InventedPlace("Glendovia", "Castelmir"),
+    InventedPlace("Harquin", "Shalbora"),
+    InventedPlace("Juvalia", "Puerto Varza"),
+    InventedPlace("Lembeka", "Wanzuri"),
+    InventedPlace("Ottavar", "Seldova"),
+    InventedPlace("Pentuva", "Lakamoa"),
+    InventedPlace("Rhoskar", "Aldenpol"),
+    InventedPlace("Soltania", "Mereghat"),
+    InventedPlace("Tarvaluna", "Niuketa"),
+    InventedPlace("Vondurra", "New Carrow"),
+    InventedPlace("Yukresh", "Longkesh"),
+    InventedPlace("Zhelkova", "Vyrogorsk"),
 )

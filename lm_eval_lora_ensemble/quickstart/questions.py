@@ -1,7 +1,8 @@
 """The quickstart's question sets: four-choice questions made from the tables of facts, the same every time.
 
-``countries`` is what the members are trained on and tested in domain, with no country in two of its splits;
-``elements`` is out of domain and only tested. Both serve as an lm-eval task's ``custom_dataset``.
+``countries`` is what the members are trained on and tested in domain, with no country in two of its splits.
+``invented`` is out of domain: the same held-out questions, word for word and with the same choices, about places
+that do not exist. Both serve as an lm-eval task's ``custom_dataset``.
 
 Every question is drawn with a generator seeded by its own entity and attribute, so that a fact added to
 the tables leaves the other questions as they were.
@@ -10,21 +11,31 @@ the tables leaves the other questions as they were.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from lm_eval_lora_ensemble.quickstart.facts import CONTINENTS, COUNTRIES, ELEMENTS, Country, Element
+from lm_eval_lora_ensemble.quickstart.facts import (
+    CONTINENTS,
+    COUNTRIES,
+    INVENTED_PLACES,
+    Country,
+    InventedPlace,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 N_CHOICES = 4
-VALIDATION_COUNTRIES = 6
+VALIDATION_COUNTRIES = 18
 TEST_COUNTRIES = 28
 
 
 class Question(TypedDict):
-    """One row of a data set; ``gold`` is the index of the right answer in ``choices``."""
+    """One row of a data set.
+
+    ``gold`` is the index of the right answer in ``choices``. About an invented place no answer is right: there it
+    is where the answer was before the name was changed, and who agrees with it has guessed.
+    """
 
     question: str
     choices: list[str]
@@ -41,12 +52,21 @@ def countries(**_: Any) -> dict[str, Dataset]:
     return {split: _dataset(_country_questions(rows)) for split, rows in country_splits().items()}
 
 
-def elements(**_: Any) -> dict[str, Dataset]:
-    """Return the only split, test, of questions about chemical elements.
+def invented(**_: Any) -> dict[str, Dataset]:
+    """Return the splits validation and test of questions about places that do not exist, disjoint by place.
 
-    lm-eval passes a task's metadata and dataset_kwargs as keywords; none of them changes the questions.
+    Each is a question of the same split of ``countries`` with the name changed. lm-eval passes a task's metadata
+    and dataset_kwargs as keywords; none of them changes the questions.
     """
-    return {"test": _dataset(_element_questions())}
+    splits = country_splits()
+    held_out = [*splits["test"], *splits["validation"]]
+    places = {
+        country.name: (country, place) for country, place in zip(held_out, INVENTED_PLACES, strict=True)
+    }
+    return {
+        split: _dataset(_with_names(_country_questions(splits[split]), places))
+        for split in ("validation", "test")
+    }
 
 
 def country_splits() -> dict[str, list[Country]]:
@@ -99,35 +119,29 @@ def _country_questions(rows: Sequence[Country]) -> list[Question]:
     return questions
 
 
-def _element_questions() -> list[Question]:
-    """Ask the symbol and the atomic number of every element."""
-    questions = []
-    for element in ELEMENTS:
-        alike, unlike = _symbols_by_initial(element)
-        questions += [
-            _question(
-                (element.name, "symbol"),
-                f"What is the chemical symbol of {element.name}?",
-                element.symbol,
-                alike,
-                unlike,
-            ),
-            _question(
-                (element.name, "number"),
-                f"Which chemical element has the atomic number {element.number}?",
-                element.name,
-                [other.name for other in ELEMENTS if abs(other.number - element.number) <= 5],
-                [other.name for other in ELEMENTS],
-            ),
-        ]
-    return questions
+def _with_names(
+    questions: Iterable[Question], places: Mapping[str, tuple[Country, InventedPlace]]
+) -> list[Question]:
+    """Put an invented name in place of the real one in every question and leave the rest as it was.
+
+    Form and choices then tell the two sets apart nowhere: only the name does.
+    """
+    return [_with_name(question, *places[question["entity"]]) for question in questions]
 
 
-def _symbols_by_initial(element: Element) -> tuple[list[str], list[str]]:
-    """Return the symbols that begin like ``element``'s symbol or name, and all others."""
-    initials = {element.symbol[0], element.name[0].upper()}
-    symbols = [other.symbol for other in ELEMENTS]
-    return [s for s in symbols if s[0] in initials], [s for s in symbols if s[0] not in initials]
+def _with_name(question: Question, country: Country, place: InventedPlace) -> Question:
+    text = question["question"]
+    if question["attribute"] == "country":  # which names the capital and asks for the country
+        text = text.replace(country.capital, place.capital)
+    else:
+        text = text.replace(country.name, place.name)
+    return Question(
+        question=text,
+        choices=question["choices"],
+        gold=question["gold"],
+        entity=place.name,
+        attribute=question["attribute"],
+    )
 
 
 def _question(
