@@ -109,7 +109,8 @@ class UncertaintyTask(ConfigurableTask):
       installed lm-eval, so prompts are the stock task's; other keys override it.
     * ``uncertainty``: ``bins`` (default 15), ``metrics`` (a list of further metrics of the registry, such as
       ``aurc_entropy`` or, of length-normalised scores, ``accuracy_norm``; the default table stays short),
-      ``other_class`` (default false) and ``normalise`` (whether the length-normalised twins are reported; the task decides).
+      ``other_class`` (default false) and ``normalise`` (whether the length-normalised twins are reported; left out, the
+      task decides).
     """
 
     adds_to_stock_results = True
