@@ -44,6 +44,7 @@ class Run:
         scores: the members' scores by task name, which the predictions follow from.
         distribution: which distribution over the choices is judged.
         strings: tasks of whole strings by name, which are in ``skipped`` too: they have no choices.
+        as_read: the run under the scores as they are; None where this is it.
     """
 
     source: str
@@ -57,6 +58,7 @@ class Run:
     scores: Mapping[str, ChoiceScores] = field(default_factory=dict)
     distribution: Distribution = field(default_factory=Distribution)
     strings: Mapping[str, StringScores] = field(default_factory=dict)
+    as_read: Run | None = None
 
     def under(self, distribution: Distribution) -> Run:
         """Return the same run with its tasks judged by another distribution; what has none is in ``skipped``.
@@ -72,6 +74,8 @@ class Run:
             >>> bool((per_character.predictions("plain_a").confidence < run.predictions("plain_a").confidence).all())
             True
         """
+        if self.as_read is not None:  # what had no scale under this distribution may have one under another
+            return self.as_read.under(distribution)
         shared = scale_of_run(distribution, self.scores, self.config, self.n_members)
         tasks, skipped = {}, dict(self.skipped)
         for name, scores in self.scores.items():
@@ -85,7 +89,9 @@ class Run:
             name: leaves for name, leaves in self.groups.items() if all(leaf in tasks for leaf in leaves)
         }
         skipped |= {name: "some of its tasks have no scale" for name in self.groups if name not in groups}
-        return replace(self, tasks=tasks, groups=groups, skipped=skipped, distribution=distribution)
+        return replace(
+            self, tasks=tasks, groups=groups, skipped=skipped, distribution=distribution, as_read=self
+        )
 
     @cached_property
     def identity(self) -> str:
@@ -299,7 +305,8 @@ def _read_run(folder: Path, date: str, files: Mapping[str, Path], asked: Path) -
             scores[task] = read
     if not scores and not strings:
         raise EnsembleError(f"{asked}: no task can be analysed: {next(iter(skipped.items()), '')}")
-    sizes = {task: s.n_members for task, s in (*scores.items(), *strings.items())}
+    read_tasks: tuple[tuple[str, ChoiceScores | StringScores], ...] = (*scores.items(), *strings.items())
+    sizes = {task: of_task.n_members for task, of_task in read_tasks}
     if len(set(sizes.values())) > 1:
         raise EnsembleError(
             f"{folder}: tasks of one run have different numbers of members ({sizes}); "
