@@ -131,8 +131,11 @@ def test_the_battery_reads_what_lm_eval_wrote(one_process, output):
             )
             expected = sklearn.metrics.average_precision_score(wrong, values)
             assert battery[f"error_aupr_{name}"] == pytest.approx(expected)
-    with pytest.raises(EnsembleError, match="2 gold answers"):
-        saved.predictions("several_golds").require_gold()
+    several = saved.predictions("several_golds")
+    assert several.is_gold.sum(axis=1).tolist() == [2] * 4
+    assert float(np.mean(-several.log_gold_mass)) == pytest.approx(
+        one_process[0]["results"]["several_golds"]["nll,none"], abs=1e-9
+    )
     inside, outside = (saved.predictions(f"quickstart_{name}") for name in ("countries", "invented"))
     found = detect(inside, outside, resamples=10)
     entropies = [
@@ -168,20 +171,34 @@ def assert_only_what_needs_no_gold(row: dict, samples: list[dict]) -> None:
     assert row["members,none"] == 3
 
 
-def test_several_gold_answers_leave_out_what_needs_one_with_a_warning(one_process):
+def test_several_gold_answers_all_count(one_process):
     results, samples, done = one_process
-    assert_only_what_needs_no_gold(results["results"]["several_golds"], samples["several_golds"])
-    assert {tuple(s["golds"]) for s in samples["several_golds"]} == {(0, 2)}
-    warning = "task several_golds has several gold answers: metrics that need the gold answer are left out"
-    assert done.stderr.count(warning) == 1
+    row, logged = results["results"]["several_golds"], samples["several_golds"]
+    assert {tuple(s["golds"]) for s in logged} == {(0, 2)}
+    p = [scipy.special.softmax(np.array(s["members"]), axis=1).mean(axis=0) for s in logged]
+    mass = [q[0] + q[2] for q in p]
+    assert row["nll,none"] == pytest.approx(-np.mean(np.log(mass)), abs=1e-6)
+    brier = [(1 - m) ** 2 + q[1] ** 2 + q[3] ** 2 for m, q in zip(mass, p, strict=True)]
+    assert row["brier_score,none"] == pytest.approx(np.mean(brier), abs=1e-6)
+    right = torch.tensor([int(q.argmax() in (0, 2)) for q in p])
+    confidence = torch.tensor([q.max() for q in p])
+    assert row["ece,none"] == pytest.approx(
+        float(torchmetrics.binary_calibration_error(confidence, right, n_bins=15, norm="l1")), abs=1e-6
+    )
+    assert "several gold answers" not in done.stderr
 
 
 def test_a_task_without_golds_is_left_out_of_analysis_and_report_and_stops_neither(
     one_process, output, tmp_path, capsys
 ):
-    assert cli.main(["analyse", str(output), "--resamples", "20"]) == 0
+    saved = Path(shutil.copytree(output, tmp_path / "saved"))
+    (path,) = saved.rglob("samples_several_golds_*.jsonl")
+    lines = [json.loads(line) for line in path.open()]
+    kept = [{key: value for key, value in line.items() if key not in ("nll", "golds")} for line in lines]
+    path.write_text("".join(json.dumps({**line, "golds": []}) + "\n" for line in kept))
+    assert cli.main(["analyse", str(saved), "--resamples", "20"]) == 0
     assert "left out: several_golds: gold answers unknown" in capsys.readouterr().out
-    assert cli.main(["report", str(output), "--output", str(tmp_path / "report"), "--resamples", "20"]) == 0
+    assert cli.main(["report", str(saved), "--output", str(tmp_path / "report"), "--resamples", "20"]) == 0
     page = (tmp_path / "report" / "report.html").read_text()
     assert "plain_a" in page and "several_golds" in page
 
@@ -216,11 +233,16 @@ def test_a_subclass_with_its_own_scoring_has_no_golds_either(llama, tmp_path):
 def test_samples_say_what_was_known_and_the_table_does_not_show_it(one_process, task_folder):
     results, samples, _ = one_process
     for task in ("plain_a", "varies_context"):
+        assert {s["fold"] for s in samples[task]} == {int(s["doc_hash"][:8], 16) % 5 for s in samples[task]}
+        lengths = [[len(choice) for choice in s["doc"]["choices"]] for s in samples[task]]
+        logged = [s["lengths"].get("chars") for s in samples[task]]
+        assert logged == (lengths if task == "plain_a" else [None] * len(lengths))
         rows = [json.loads(line) for line in (task_folder / f"{task}.jsonl").read_text().splitlines()]
         assert [s["golds"] for s in samples[task]] == [[row["gold"]] for row in rows][: len(samples[task])]
         assert {s["other_class"] for s in samples[task]} == {False}
         shown = {key.partition(",")[0] for key in results["results"][task]}
-        assert not shown & {"golds", "other_class", "golds_stderr", "other_class_stderr"}
+        logged_only = {"golds", "other_class", "lengths", "fold"}
+        assert not shown & {*logged_only, *(f"{name}_stderr" for name in logged_only)}
         assert set(OURS) < shown
 
 
@@ -283,8 +305,8 @@ def test_the_results_file_identifies_the_ensemble(one_process, ensemble):
 def test_a_repeated_run_is_equal_to_the_last_bit(one_process, ensemble, task_folder, tmp_path):
     run(*command(ensemble, task_folder, tmp_path))
     results, samples = read(tmp_path)
-    assert results["results"] == one_process[0]["results"]
-    assert results["groups"] == one_process[0]["groups"]
+    np.testing.assert_equal(results["results"], one_process[0]["results"])
+    np.testing.assert_equal(results["groups"], one_process[0]["groups"])
     assert samples == one_process[1]
     assert any(sample["members"] for sample in samples["plain_a"])
 
@@ -300,7 +322,10 @@ def test_two_processes_give_the_same_results(one_process, ensemble, task_folder,
     for task, row in one_process[0]["results"].items():
         for metric, value in row.items():
             if isinstance(value, float):
-                assert results["results"][task][metric] == pytest.approx(value, abs=1e-5), (task, metric)
+                assert results["results"][task][metric] == pytest.approx(value, abs=1e-5, nan_ok=True), (
+                    task,
+                    metric,
+                )
     for task, rows in samples.items():
         theirs = {s["doc_id"]: s.get("members") for s in one_process[1][task]}
         for sample in rows:
@@ -340,7 +365,7 @@ def test_members_survive_the_cache(ensemble, task_folder, tmp_path):
         )
         for _ in range(2)
     ]
-    assert runs[0]["results"] == runs[1]["results"]
+    np.testing.assert_equal(runs[0]["results"], runs[1]["results"])
     assert [s["members"] for s in runs[0]["samples"]["plain_a"]] == [
         s["members"] for s in runs[1]["samples"]["plain_a"]
     ]
@@ -390,7 +415,7 @@ def test_mutual_information_below_zero_is_an_error(monkeypatch):
     original = information.entropy
     monkeypatch.setattr(information, "entropy", lambda q: original(q) * (1 if np.ndim(q) == 3 else 0))
     with pytest.raises(EnsembleError, match="cannot be negative"):
-        document_metrics(np.zeros((2, 3)), 0, metrics=["mutual_information"])
+        document_metrics(np.zeros((2, 3)), [0], metrics=["mutual_information"])
 
 
 @pytest.fixture(scope="module")

@@ -159,22 +159,26 @@ def test_gold_of_a_context_varying_task_comes_from_the_scores(tmp_path, scores):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"target": "[0, 2]"}, "2 gold answers"),
         ({"target": "-100"}, "neither an index nor one of the 4"),
         ({"target": "none of these"}, "neither an index nor one of the 4"),
-        ({"acc": 0.5}, None),
+        ({"acc": 0.5}, "acc is 0.5, neither right nor wrong"),
         ({"target": "0", "acc": 1.0}, "acc says otherwise"),
     ],
 )
 def test_unknown_gold_is_said_when_it_is_needed(tmp_path, changes, reason):
     members = [[-3.0, -1.0, -2.0, -2.0]]
     predictions = load_samples(write(tmp_path, "t", [sample(0, members, 1, **changes)])).tasks["t"]
-    if reason is None:
-        assert predictions.is_gold is not None
-        return
     assert predictions.is_gold is None
     with pytest.raises(EnsembleError, match=reason):
         predictions.require_gold()
+
+
+def test_a_list_of_targets_is_several_golds(tmp_path):
+    members = [[-3.0, -1.0, -2.0, -2.0]]
+    path = write(tmp_path, "t", [sample(0, members, 1, target="[0, 2]", acc=0.0)])
+    predictions = load_samples(path).tasks["t"]
+    assert predictions.is_gold.tolist() == [[True, False, True, False]]
+    assert predictions.correct.tolist() == [False]
 
 
 def test_the_class_other_is_recognised_by_its_nll(tmp_path, scores):

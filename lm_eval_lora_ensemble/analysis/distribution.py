@@ -128,7 +128,13 @@ def _from_validation(distribution: Distribution, config: Mapping[str, Any], n_me
 
 
 def _fitted(predictions: Predictions) -> float:
-    return fit_temperature_of_mixture(predictions.log_probabilities, predictions.require_gold()).temperature
+    fitted = fit_temperature_of_mixture(predictions.log_probabilities, predictions.require_gold())
+    if fitted.at_limit and fitted.temperature < 1:
+        raise EnsembleError(
+            f"--temperature {predictions.subjects[0]}: every answer is right there, so that no finite scale is best; "
+            "fit it on a harder task"
+        )
+    return fitted.temperature
 
 
 def _cross_fitted(scores: ChoiceScores, kind: ScoreKind) -> Predictions:

@@ -93,9 +93,10 @@ def _single(target: str, sample: Mapping[str, Any], scores: FloatArray) -> list[
 
 def inferred_lengths(sample: Mapping[str, Any], c: int) -> dict[str, list[float]]:
     """Return the choices' lengths in characters and bytes, the delimiter before them left out; empty if unknown."""
-    texts = [str(argument.get("arg_1", "")).lstrip() for argument in arguments_of(sample)][:c]
-    if len(texts) < c or len(set(texts)) < len(texts):  # contexts vary, the continuation is the same
-        return {}
+    arguments = arguments_of(sample)[:c]
+    if len(arguments) < c or len({argument.get("arg_0") for argument in arguments}) > 1:
+        return {}  # contexts vary, the continuation is the same
+    texts = [str(argument.get("arg_1", "")).lstrip() for argument in arguments]
     return {
         "chars": [float(len(text)) for text in texts],
         "bytes": [float(len(text.encode())) for text in texts],

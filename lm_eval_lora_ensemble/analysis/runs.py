@@ -44,6 +44,7 @@ class Run:
         scores: the members' scores by task name, which the predictions follow from.
         distribution: which distribution over the choices is judged.
         strings: tasks of whole strings by name, which are in ``skipped`` too: they have no choices.
+        as_read: the run under the scores as they are; None where this is it.
     """
 
     source: str
@@ -57,6 +58,7 @@ class Run:
     scores: Mapping[str, ChoiceScores] = field(default_factory=dict)
     distribution: Distribution = field(default_factory=Distribution)
     strings: Mapping[str, StringScores] = field(default_factory=dict)
+    as_read: Run | None = None
 
     def under(self, distribution: Distribution) -> Run:
         """Return the same run with its tasks judged by another distribution; what has none is in ``skipped``.
@@ -72,6 +74,8 @@ class Run:
             >>> bool((per_character.predictions("plain_a").confidence < run.predictions("plain_a").confidence).all())
             True
         """
+        if self.as_read is not None:  # what had no scale under this distribution may have one under another
+            return self.as_read.under(distribution)
         shared = scale_of_run(distribution, self.scores, self.config, self.n_members)
         tasks, undefined = {}, {}
         for name, scores in self.scores.items():
@@ -87,7 +91,9 @@ class Run:
         for name in self.groups.keys() - groups.keys():
             undefined[name] = next(undefined[leaf] for leaf in self.groups[name] if leaf in undefined)
         skipped = {**self.skipped, **undefined}
-        return replace(self, tasks=tasks, groups=groups, skipped=skipped, distribution=distribution)
+        return replace(
+            self, tasks=tasks, groups=groups, skipped=skipped, distribution=distribution, as_read=self
+        )
 
     @cached_property
     def identity(self) -> str:

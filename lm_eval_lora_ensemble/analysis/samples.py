@@ -177,7 +177,7 @@ def _document(sample: Mapping[str, Any], scores: FloatArray, number: int, path: 
             nll=float("nan") if nll is None else float(nll),
             other_class=None if other is None else bool(other),
             lengths=_lengths(sample, scores.shape[1]),
-            fold=fold_of(str(sample.get("doc_hash", document))),
+            fold=fold_of(str(sample.get("doc_hash") or document)),
             line=number,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -15,7 +15,7 @@ from lm_eval.utils import handle_non_serializable, hash_string
 
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.harness.golds import KNOWN_SCORERS, gold_indices
-from lm_eval_lora_ensemble.harness.state import TWIN, state_of
+from lm_eval_lora_ensemble.harness.state import is_twin, state_of
 from lm_eval_lora_ensemble.metrics.crossfit import fold_of
 from lm_eval_lora_ensemble.metrics.predictions import Predictions
 from lm_eval_lora_ensemble.metrics.registry import METRICS
@@ -52,6 +52,9 @@ def document_metrics(
     Raises:
         EnsembleError: a score is not finite, or gold is outside the choices.
     """
+    outside = [gold for gold in golds if gold not in range(loglikelihoods.shape[1])]
+    if outside:
+        raise EnsembleError(f"gold is {outside[0]}; there are choices 0 to {loglikelihoods.shape[1] - 1}")
     is_gold = np.isin(np.arange(loglikelihoods.shape[1]), list(golds))
     predictions = Predictions.from_scores(
         loglikelihoods[:, None, :], is_gold[None] if len(golds) else None, other_class=other_class
@@ -116,7 +119,7 @@ def _lengths(task: Any, doc: dict[str, Any], values: Sequence[Any]) -> dict[str,
     """Return the choices' lengths: as lm-eval's acc_norm and acc_bytes count them, and in tokens if known."""
     if task.multiple_input or task.config.doc_to_choice is None:
         return {}
-    texts = task.doc_to_choice(doc)
+    texts = [str(choice) for choice in task.doc_to_choice(doc)]
     lengths: dict[str, list[int]] = {
         "chars": [len(text) for text in texts],
         "bytes": [len(text.encode()) for text in texts],
@@ -133,13 +136,11 @@ def document_hash(doc: dict[str, Any]) -> str:
 def _golds(task: Any, doc: dict[str, Any], n_choices: int) -> list[int]:
     """Return the indices of the right choices; none where the task has a scoring of its own."""
     known = _known_scorer(task)
-    if known:
-        return known(doc)
-    if _scores_itself(task):
+    if known is None and _scores_itself(task):
         return []
     texts = task.doc_to_choice(doc) if task.config.doc_to_choice is not None else [""] * n_choices
     try:
-        return list(gold_indices(task, doc, texts))
+        return known(doc) if known else list(gold_indices(task, doc, texts))
     except LookupError as error:
         raise EnsembleError(
             f"task {task.config.task}: {error}; fix doc_to_target, or run with uncertainty_metrics=False"
@@ -164,7 +165,7 @@ def _names_in_table(task: Any, stock: dict[str, Any]) -> dict[str, str]:
 
     What the task reports itself keeps its name.
     """
-    wanted = [*table_metrics(), *(name for name in state_of(task).metrics if not name.endswith(TWIN))]
+    wanted = [*table_metrics(), *(name for name in state_of(task).metrics if not is_twin(name))]
     own = _scores_itself(task) and not _known_scorer(task)
     why = "scores answers by a rule of its own" if own else ""
     if why:

@@ -36,7 +36,10 @@ def gold_indices(task: Any, doc: Any, choices: Sequence[str]) -> tuple[int, ...]
 
 def _labelled_right(doc: Any) -> list[int]:
     """Return what truthfulqa_mc2 counts as right: several of its choices, whose mass is the score."""
-    return [index for index, label in enumerate(doc["mc2_targets"]["labels"]) if label == 1]
+    golds = [index for index, label in enumerate(doc["mc2_targets"]["labels"]) if label == 1]
+    if not golds:
+        raise LookupError("none of its choices is labelled right")
+    return golds
 
 
 KNOWN_SCORERS: dict[str, Callable[[Any], list[int]]] = {"process_results_mc2": _labelled_right}

@@ -16,7 +16,7 @@ import numpy as np
 from lm_eval.api.metrics import mean
 
 from lm_eval_lora_ensemble.errors import EnsembleError
-from lm_eval_lora_ensemble.harness.state import TWIN, UncertaintyState, state_of
+from lm_eval_lora_ensemble.harness.state import TEMPERATURE, TWIN, UncertaintyState, is_twin, state_of
 from lm_eval_lora_ensemble.metrics.arrays import FloatArray
 from lm_eval_lora_ensemble.metrics.battery import Battery
 from lm_eval_lora_ensemble.metrics.choice_scores import ChoiceScores
@@ -27,7 +27,6 @@ from lm_eval_lora_ensemble.metrics.registry import METRICS
 logger = logging.getLogger(__name__)
 
 DEFAULT_TWINS = ("nll", "brier_score", "ece", "predictive_entropy", "mutual_information")
-TEMPERATURE = f"temperature{TWIN}"
 
 
 def add_twins(task: Any, raw_metrics: MutableMapping[tuple[str, str], list[Any]], filter_key: str) -> None:
@@ -39,14 +38,13 @@ def add_twins(task: Any, raw_metrics: MutableMapping[tuple[str, str], list[Any]]
         filter_key: of the task's results.
     """
     state = state_of(task)
+    state.twins, state.normalised = {}, None
     if not _wanted(task, state):
         return
-    names = [
-        *DEFAULT_TWINS,
-        *(n.removesuffix(TWIN) for n in state.metrics if n.endswith(TWIN) and n != TEMPERATURE),
-    ]
-    golds_known = all(document.golds for document in state.documents)
-    state.twins = {f"{n}{TWIN}": n for n in dict.fromkeys(names) if golds_known or not METRICS[n].needs_gold}
+    asked = [name for name in _asked(state) if name != TEMPERATURE]
+    names = dict.fromkeys([*DEFAULT_TWINS, *(name.removesuffix(TWIN) for name in asked)])
+    golds_known = _golds_known(state)
+    state.twins = {f"{n}{TWIN}": n for n in names if golds_known or not METRICS[n].needs_gold}
     state.normalised, temperatures = _normalised(task, state)
     for shown, name in state.twins.items():
         raw_metrics[shown, filter_key] = (
@@ -81,12 +79,37 @@ def pooled_twin(name: str, tasks: Sequence[Any]) -> float:
 
 def _wanted(task: Any, state: UncertaintyState) -> bool:
     """Whether the task is judged per length: by what it reports and all its choices, never by a single document."""
-    if task.multiple_input or state.other_class or any(not document.lengths for document in state.documents):
+    if state.normalise is False:
         return False
-    if state.normalise is not None:
-        return state.normalise
-    longest = max((max(document.lengths["chars"]) for document in state.documents), default=0)
-    return "acc_norm" in task._metric_fn_list and longest > 1
+    asked = bool(state.normalise) or bool(_asked(state))
+    why_not = _no_lengths(task, state)
+    if not why_not and not asked:
+        longest = max(max(document.lengths["chars"]) for document in state.documents)
+        if "acc_norm" not in task._metric_fn_list or longest <= 1:
+            return False
+    if not why_not and state.scale is None and not _golds_known(state):
+        why_not = "its gold answers are unknown, and the scale is fitted to them"
+    if why_not and asked:
+        logger.warning("task %s: its %s metrics are left out: %s", task.config.task, TWIN, why_not)
+    return not why_not
+
+
+def _no_lengths(task: Any, state: UncertaintyState) -> str:
+    """Return why the task's choices have no length to be judged by; empty if they have."""
+    if state.other_class:
+        return "the class 'other' is defined for sums of single tokens"
+    if task.multiple_input or any(not document.lengths for document in state.documents):
+        return "its choices are contexts, not continuations"
+    return ""
+
+
+def _asked(state: UncertaintyState) -> list[str]:
+    """Return the twins that the task's YAML names."""
+    return [name for name in state.metrics if is_twin(name)]
+
+
+def _golds_known(state: UncertaintyState) -> bool:
+    return all(document.golds for document in state.documents)
 
 
 def _normalised(task: Any, state: UncertaintyState) -> tuple[Predictions | None, FloatArray]:
@@ -96,11 +119,12 @@ def _normalised(task: Any, state: UncertaintyState) -> tuple[Predictions | None,
     try:
         if state.scale is not None:
             return scores.predictions("chars", state.scale), np.full(scores.n_documents, state.scale)
-        if scores.is_gold is None:
-            return None, none
         fitted = crossfit(scores.per_unit("chars"), scores.folds)
     except EnsembleError as error:
-        raise EnsembleError(f"task {task.config.task}: {error}") from error
+        raise EnsembleError(
+            f"task {task.config.task}: {error}; mend the choice, set uncertainty: {{normalise: false}} in the task's "
+            "YAML, or run with uncertainty_metrics=False"
+        ) from error
     if fitted.undefined:
         logger.warning("task %s: its %s metrics are NaN: %s", task.config.task, TWIN, fitted.undefined)
         return None, none
@@ -120,7 +144,9 @@ def scores_of(task: Any, state: UncertaintyState) -> ChoiceScores:
     width = int(counts.max())
     scores = np.full((len(documents[0].members), len(documents), width), -np.inf)
     is_gold = np.zeros((len(documents), width), dtype=np.bool_)
-    lengths = {unit: np.zeros((len(documents), width)) for unit in documents[0].lengths}
+    # a cache of an earlier release knows no tokens, so that some documents may lack them
+    units = set.intersection(*(set(document.lengths) for document in documents))
+    lengths = {unit: np.zeros((len(documents), width)) for unit in sorted(units)}
     for d, document in enumerate(documents):
         scores[:, d, : counts[d]] = document.members
         is_gold[d, list(document.golds)] = True
@@ -138,7 +164,7 @@ def scores_of(task: Any, state: UncertaintyState) -> ChoiceScores:
 
 
 def _document_values(predictions: Predictions | None, name: str, documents: int) -> list[float]:
-    if predictions is None:
+    if predictions is None or (METRICS[name].needs_members and predictions.n_members == 1):
         return [float("nan")] * documents
     values: list[float] = METRICS[name].compute(predictions).tolist()
     return values

@@ -14,6 +14,14 @@ from lm_eval_lora_ensemble.metrics.registry import METRICS
 TWIN = "_norm"
 """What the name of a metric of length-normalised scores ends in."""
 
+TEMPERATURE = f"temperature{TWIN}"
+"""Their scale."""
+
+
+def is_twin(name: str) -> bool:
+    """Whether a metric's name in a YAML means one of length-normalised scores."""
+    return name == TEMPERATURE or (name.endswith(TWIN) and name.removesuffix(TWIN) in METRICS)
+
 
 class ScoredDocument(NamedTuple):
     """A document as a metric of all documents needs it.
@@ -59,8 +67,9 @@ class UncertaintyState:
 
     def __post_init__(self) -> None:
         for name in self.metrics:
-            if name.removesuffix(TWIN) not in METRICS and name != f"temperature{TWIN}":
-                near = nearest(name, METRICS, cutoff=0.0)
+            if name not in METRICS and not is_twin(name):
+                twins = [TEMPERATURE, *(f"{known}{TWIN}" for known in METRICS)]
+                near = nearest(name, twins if name.endswith(TWIN) else METRICS, cutoff=0.0)
                 raise EnsembleError(f"uncertainty has no metric {name!r}; the nearest is {near!r}")
 
 

@@ -108,9 +108,9 @@ class UncertaintyTask(ConfigurableTask):
     * ``stock``: path of a task's YAML below lm-eval's own tasks folder. Its configuration is taken from the
       installed lm-eval, so prompts are the stock task's; other keys override it.
     * ``uncertainty``: ``bins`` (default 15), ``metrics`` (a list of further metrics of the registry, such as
-      ``aurc_entropy`` or, of length-normalised scores, ``accuracy_norm``; the default table stays short),
-      ``other_class`` (default false) and ``normalise`` (whether the length-normalised twins are reported; left out, the
-      task decides).
+      ``aurc_entropy``, or ``rms_ce_norm`` of length-normalised scores; the default table stays short),
+      ``normalise`` (true or false: whether the length-normalised twins are reported; left out, a task that reports
+      acc_norm of choices longer than a letter has them) and ``other_class`` (default false).
     """
 
     adds_to_stock_results = True

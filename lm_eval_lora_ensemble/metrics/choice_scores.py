@@ -11,7 +11,7 @@ with a length in characters, bytes or tokens, or 1 for the sums as they are, and
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -130,12 +130,7 @@ class ChoiceScores:
 
     def only(self, members: Sequence[int]) -> ChoiceScores:
         """Return the scores of these members only."""
-        return self._with(loglikelihoods=self.loglikelihoods[list(members)])
-
-    def _with(self, **changes: object) -> ChoiceScores:
-        from dataclasses import replace
-
-        return replace(self, **changes)  # type: ignore[arg-type]
+        return replace(self, loglikelihoods=self.loglikelihoods[list(members)])
 
     @classmethod
     def of(
@@ -162,6 +157,7 @@ class ChoiceScores:
             np.arange(d) % 5 if folds is None else np.asarray(folds),
             {kind: np.asarray(length, dtype=np.float64) for kind, length in (lengths or {}).items()},
             other_class,
+            "the gold answers were not given" if is_gold is None else "",
         )
 
     @classmethod

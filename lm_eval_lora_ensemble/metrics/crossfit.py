@@ -51,10 +51,14 @@ def crossfit(predictions: Predictions, folds: IntArray) -> CrossFit:
         folds: (D,), the fold of each document.
 
     Raises:
-        EnsembleError: unknown gold answers, or a gold answer of probability 0.
+        EnsembleError: unknown gold answers.
     """
     is_gold = predictions.require_gold()
     temperatures = np.full(predictions.n_documents, np.nan)
+    impossible = np.isneginf(predictions.log_gold_mass)
+    if impossible.any():
+        document = predictions.documents[int(np.argmax(impossible))]
+        return _undefined(temperatures, f"the gold answer of document {document} has probability 0")
     at_upper_limit = False
     for fold in np.unique(folds):
         inside = folds == fold
@@ -65,7 +69,7 @@ def crossfit(predictions: Predictions, folds: IntArray) -> CrossFit:
             )
         fitted = fit_temperature_of_mixture(predictions.log_probabilities[:, ~inside], is_gold[~inside])
         if fitted.at_limit and fitted.temperature < 1:
-            return _undefined(temperatures, "every answer is right: no finite scale is best")
+            return _undefined(temperatures, "every answer is right, so that no finite scale is best")
         at_upper_limit |= fitted.at_limit
         temperatures[inside] = fitted.temperature
     return CrossFit(temperatures, at_upper_limit=at_upper_limit)

@@ -86,7 +86,11 @@ class Predictions:
             member, index = first_index(off)
             raise EnsembleError(f"the choices of document {index} do not sum to 1 for member {member}")
         if self.is_gold is not None:
+            if np.shape(self.is_gold) != (d, c):
+                raise EnsembleError(f"is_gold has shape {np.shape(self.is_gold)}; ({d}, {c}) is needed")
             as_is_gold(self.is_gold, self.counts, c)
+        if self.alone is not None and np.shape(self.alone) != values.shape:
+            raise EnsembleError(f"alone has shape {np.shape(self.alone)}; {values.shape} is needed")
 
     @classmethod
     def from_scores(

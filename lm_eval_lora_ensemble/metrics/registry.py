@@ -29,11 +29,14 @@ Compute = Callable[..., FloatArray]
 _Function = TypeVar("_Function", bound=Compute)
 
 _DEFINITIONS = "lm_eval_lora_ensemble.metrics.definitions"
+_ENDINGS = ("_stderr", "_norm")  # lm-eval's, and ours for length-normalised scores
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 # what lm-eval or this package writes into a sample under the same names
 _TAKEN = {
     "members",
     "golds",
+    "lengths",
+    "fold",
     "other_class",
     "name",
     "alias",
@@ -112,10 +115,10 @@ class Registry(Mapping[str, Metric]):
         Raises:
             EnsembleError: a name that is malformed, taken in lm-eval's samples, or another module's metric.
         """
-        if not _NAME.fullmatch(one.name) or one.name.endswith("_stderr") or one.name in _TAKEN:
+        if not _NAME.fullmatch(one.name) or one.name.endswith(_ENDINGS) or one.name in _TAKEN:
             raise EnsembleError(
                 f"{one.module}: a metric cannot be called {one_line(one.name)!r}; lower-case letters, digits and "
-                f"underscores, not ending in _stderr, and none of {', '.join(sorted(_TAKEN))}"
+                f"underscores, not ending in {' or '.join(_ENDINGS)}, and none of {', '.join(sorted(_TAKEN))}"
             )
         self._fill()  # the package's own come first, in the tables and where names collide
         other = self._metrics.get(one.name)

@@ -15,10 +15,13 @@ from scipy import optimize
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.metrics.arrays import BoolArray, FloatArray, as_float, first_index
 
-TEMPERATURE_RANGE = (0.01, 100.0)
-"""Where T is sought: beyond it answers are certain, or chance, to all practical purposes."""
+TEMPERATURE_RANGE = (1e-4, 100.0)
+"""Where T is sought: beyond it answers are certain, or chance, to all practical purposes.
 
-_GRID = np.log(np.geomspace(*TEMPERATURE_RANGE, 61))
+The lower end leaves room for scores per character of long answers: T = 5 of a sum over 500 characters is 0.01.
+"""
+
+_GRID = np.log(np.geomspace(*TEMPERATURE_RANGE, 71))
 _INDISTINGUISHABLE = 1e-9  # nats between two mean losses
 
 
@@ -66,12 +69,11 @@ def fit_temperature_of_mixture(scores: npt.ArrayLike, is_gold: npt.ArrayLike) ->
     loss = _MixtureLoss(scores, is_gold)
     values = [loss(t) for t in _GRID]
     best = int(np.argmin(values))
-    around = _GRID[max(best - 1, 0)], _GRID[min(best + 1, len(_GRID) - 1)]
-    found = optimize.minimize_scalar(loss, bounds=around, method="bounded", options={"xatol": 1e-9})
+    t = loss.minimum_between(_GRID[max(best - 1, 0)], _GRID[min(best + 1, len(_GRID) - 1)])
+    least = min(loss(t), values[best])
     for limit, value in ((0, values[0]), (-1, values[-1])):
-        if value <= found.fun + _INDISTINGUISHABLE:
+        if value <= least + _INDISTINGUISHABLE:
             return FittedTemperature(TEMPERATURE_RANGE[limit], float("nan"), True, loss.documents)
-    t = float(found.x if found.fun < values[best] else _GRID[best])
     return FittedTemperature(float(np.exp(t)), loss.standard_error(t), False, loss.documents)
 
 
@@ -95,6 +97,21 @@ class _MixtureLoss:
     def __call__(self, t: float) -> float:
         """Return the mean loss at ``T = exp(t)``, nats."""
         return float(-self._log_mixture(self._log_mass(float(np.exp(-t)))).mean())
+
+    def minimum_between(self, low: float, high: float) -> float:
+        """Return log T of the least loss between two neighbours of the grid's best point.
+
+        A minimum of the loss is known to half the digits only, and rounding would show in the ninth digit of what is
+        made of T; where the slope changes its sign, T is its root, known to nearly all of them.
+        """
+        if self._slope(low) < 0 < self._slope(high):
+            return float(optimize.brentq(self._slope, low, high, xtol=1e-13, rtol=1e-14))
+        found = optimize.minimize_scalar(self, bounds=(low, high), method="bounded", options={"xatol": 1e-9})
+        return float(found.x)
+
+    def _slope(self, t: float) -> float:
+        """Return the derivative of the mean loss in log T."""
+        return float(self._derivatives(t)[0].mean())
 
     def _log_mass(self, beta: float) -> FloatArray:
         """Return log P_m(golds) (N, D) at ``1/T = beta``."""
