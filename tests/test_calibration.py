@@ -232,6 +232,14 @@ def test_calibrate_finds_what_training_wrote(place, trained, tmp_path, capsys):
     assert main(["check", str(copy)]) == 0
 
 
+def test_calibrate_needs_no_device_named(place, trained, tmp_path):
+    """lm-eval's model by itself takes a GPU for granted."""
+    copy = Path(shutil.copytree(trained, tmp_path / "copy"))
+    words = ["--limit", "25", "--include_path", str(place / "tasks"), "--model_args", "dtype=float32"]
+    assert main(["calibrate", str(copy), "held_out", *words]) == 0
+    assert Manifest.read(copy).calibration.documents == 25
+
+
 def test_calibrate_writes_a_manifest_for_adapters_from_elsewhere(place, trained, tmp_path, capsys):
     plain = tmp_path / "plain"
     for name in ("member_00", "member_01"):

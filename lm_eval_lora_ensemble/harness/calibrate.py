@@ -23,6 +23,7 @@ from lm_eval_lora_ensemble.harness.rendering import (
     split_documents,
 )
 
+_DEVICE = "cuda:0"  # lm-eval's own default; without such a device its model takes the one there is
 _OF_THE_WHOLE = ("adapters", "members", "epoch", "average")
 
 
@@ -37,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_fewshot", type=int, help="examples in the context (default: the task's own)")
     parser.add_argument("--model_args", default="", metavar="K=V,…", help="further arguments, as lm_eval's")
     parser.add_argument("--batch_size", default="auto", help="as lm_eval's (default: auto)")
-    parser.add_argument("--device", help="as lm_eval's")
+    parser.add_argument(
+        "--device", default=_DEVICE, help="as lm_eval's (default: %(default)s if there is one)"
+    )
     parser.add_argument("--include_path", help="a folder of further task YAMLs")
 
 
@@ -65,9 +68,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     from lm_eval_lora_ensemble.harness.loaded import load_ensemble
 
-    where = {"device": arguments.device} if arguments.device else {}
     base = model_args.pop("pretrained", None)
-    loaded = load_ensemble(base, folder, **{"batch_size": arguments.batch_size, **where, **model_args})
+    where = {"batch_size": arguments.batch_size, "device": arguments.device}
+    loaded = load_ensemble(base, folder, **{**where, **model_args})
     pairs = [pair for document in documents for pair in document.requests]
     scores = loaded.loglikelihoods(*map(list, zip(*pairs, strict=True)))
     calibration = _calibration(",".join(names), arguments.split, documents, scores)
