@@ -111,7 +111,7 @@ COUNTRIES = (
     Country("Zambia", "Lusaka", "Africa", "kwacha"),
 )
 
-# Names coined for this table: no country, capital or town of more than 500 inhabitants in GeoNames has one of them.
+# Coined for this table: in GeoNames no country and no place of 500 people or more has one of these names.
 INVENTED_PLACES = (
     InventedPlace("Velmoria", "Tolvane"),
     InventedPlace("Tasharan", "Besharet"),
