@@ -248,3 +248,67 @@ def temperature(documents: list[Document]) -> float:
 def scaled(documents: list[Document], t: float) -> list[Document]:
     """Return one-member documents with the pool's log-probabilities divided by ``t``."""
     return [Document(np.log(d.mixture)[None] / t, d.gold) for d in documents]
+
+
+# ------------------------------------------------------------------------- scores per length, several golds
+
+
+def fold(line: dict) -> int:
+    """Return the part of a cross-fit that a logged sample belongs to."""
+    return int(line["doc_hash"][:8], 16) % 5
+
+
+def _mixture_nll(log_t: float, scores: np.ndarray, golds: np.ndarray) -> float:
+    """Return mean −log of the golds' mass under the members' mean at T = exp(log_t); scores (N, D, C)."""
+    p = scipy.special.softmax(scores / math.exp(log_t), axis=2)
+    with np.errstate(divide="ignore"):
+        return -float(np.log((p.mean(axis=0) * golds).sum(axis=1)).mean())
+
+
+def mixture_temperature(scores: list[np.ndarray], golds: list[list[int]]) -> float:
+    """Return the T of least mixture nll for documents' (N, C) scores: a fine grid, then Brent."""
+    width = max(s.shape[1] for s in scores)
+    padded = np.stack(
+        [np.pad(s, ((0, 0), (0, width - s.shape[1])), constant_values=-np.inf) for s in scores], axis=1
+    )
+    is_gold = np.array([[c in g for c in range(width)] for g in golds])
+    grid = np.arange(-7, 4.6, 0.1)
+    losses = [_mixture_nll(t, padded, is_gold) for t in grid]
+    best = int(np.argmin(losses))
+    assert 0 < best < len(grid) - 1, "no minimum inside the grid"
+    bracket = (grid[best - 1], grid[best], grid[best + 1])
+    found = scipy.optimize.minimize_scalar(
+        _mixture_nll, bracket=bracket, args=(padded, is_gold), method="brent", tol=1e-12
+    )
+    return math.exp(found.x)
+
+
+def crossfitted(lines: list[dict], choices: str = "choices") -> tuple[list[Document], list[float]]:
+    """Return logged samples' documents of scores per character over T, and T from the other folds' documents."""
+    scores = [np.array(s["members"]) / [len(text) for text in s["doc"][choices]] for s in lines]
+    golds = [s["golds"] for s in lines]
+    of_fold = {}
+    for k in {fold(s) for s in lines}:
+        others = [i for i, s in enumerate(lines) if fold(s) != k]
+        of_fold[k] = mixture_temperature([scores[i] for i in others], [golds[i] for i in others])
+    temperatures = [of_fold[fold(s)] for s in lines]
+    documents = [Document(s / t, g[0]) for s, t, g in zip(scores, temperatures, golds, strict=True)]
+    return documents, temperatures
+
+
+def of_several_golds(documents: list[Document], golds: list[list[int]]) -> dict[str, float]:
+    """Return what several right choices change."""
+    nll, brier, right, confidence = [], [], [], []
+    for document, those in zip(documents, golds, strict=True):
+        p = document.mixture
+        mass = sum(p[g] for g in those)
+        nll.append(-math.log(mass))
+        brier.append((1 - mass) ** 2 + sum(q**2 for c, q in enumerate(p) if c not in those))
+        right.append(int(np.argmax(p)) in those)
+        confidence.append(p.max())
+    return {
+        "nll": float(np.mean(nll)),
+        "brier_score": float(np.mean(brier)),
+        "accuracy": float(np.mean(right)),
+        "ece": _torch_error(np.array(confidence), np.array(right), "l1"),
+    }
