@@ -106,6 +106,10 @@ def _print_result(result: UncertaintyResult, shown: list[str]) -> None:
             ("out-of-domain", "score", "AUROC ↑", "AUPR ↑", "FPR95 ↓"),
             rows,
         )
+        for outside, by_score in by_task.items():
+            for score, d in by_score.items():
+                if d.note:
+                    print(f"  {outside}, {score}: {d.note}")
     for name, recalibrated in result.recalibration.items():
         rows = [
             (

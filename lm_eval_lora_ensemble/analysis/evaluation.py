@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from lm_eval_lora_ensemble.analysis.domains import detect_all, in_domain_tasks
 from lm_eval_lora_ensemble.analysis.result import (
     ConformalResult,
     MetricResult,
@@ -30,7 +31,6 @@ from lm_eval_lora_ensemble.metrics.bootstrap import (
     mean_of,
 )
 from lm_eval_lora_ensemble.metrics.calibration import reliability_table
-from lm_eval_lora_ensemble.metrics.detection import Detection, detect
 from lm_eval_lora_ensemble.metrics.ensemble_size import by_size
 from lm_eval_lora_ensemble.metrics.predictions import Predictions
 from lm_eval_lora_ensemble.metrics.recalibration import ORDERS, TemperatureScaling, recalibrate
@@ -70,8 +70,10 @@ def evaluate(
         0.98
     """
     chosen = settings or Settings()
-    for name in (*ood, *([calibrate] if calibrate else [])):
-        run.leaves(name)  # raises before the work, not after
+    for name in ood:
+        run.scored_leaves(name)  # raises before the work, not after
+    if calibrate:
+        run.leaves(calibrate)
     results: dict[str, TaskResult] = {}
     drawn: dict[str, Bootstrapped] = {}
     skipped = {name: why for name, why in run.skipped.items() if name not in run.strings}
@@ -104,45 +106,15 @@ def evaluate(
     )
 
 
-def detect_all(
-    run: Run, ood: Sequence[str], settings: Settings
-) -> dict[str, dict[str, dict[str, Detection]]]:
-    """Tell each out-of-domain task from each other top-level one: by in-domain task, out-of-domain task, score.
-
-    Raises:
-        EnsembleError: a name that the run lacks, or no task besides the out-of-domain ones.
-    """
-    return {
-        inside: {
-            outside: detect(
-                run.predictions(inside),
-                run.predictions(outside),
-                resamples=settings.resamples,
-                seed=settings.seed,
-                level=settings.level,
-            )
-            for outside in ood
-        }
-        for inside in (_besides(run, ood) if ood else [])
-    }
-
-
 def _recalibrate_all(run: Run, fitted_on: str, settings: Settings) -> dict[str, list[RecalibrationResult]]:
     """Apply temperatures fitted on one task to every other top-level one with gold answers."""
     calibration = run.predictions(fitted_on)
-    tests = {name: run.predictions(name) for name in _besides(run, [fitted_on])}
+    tests = {name: run.predictions(name) for name in in_domain_tasks(run, [fitted_on])}
     return {
         name: _recalibrate(name, test, fitted_on, calibration, settings)
         for name, test in tests.items()
         if test.is_gold is not None
     }
-
-
-def _besides(run: Run, names: Sequence[str]) -> list[str]:
-    found = run.top_level(besides=names)
-    if not found:
-        raise EnsembleError(f"{run.source} has no task besides {', '.join(names)}")
-    return found
 
 
 def _evaluate_task(

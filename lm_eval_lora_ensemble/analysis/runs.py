@@ -44,6 +44,7 @@ class Run:
         scores: the members' scores by task name, which the predictions follow from.
         distribution: which distribution over the choices is judged.
         strings: tasks of whole strings by name, which are in ``skipped`` too: they have no choices.
+        scored_groups: as ``groups``, those included of which some task has no distribution; empty where none has.
     """
 
     source: str
@@ -57,6 +58,7 @@ class Run:
     scores: Mapping[str, ChoiceScores] = field(default_factory=dict)
     distribution: Distribution = field(default_factory=Distribution)
     strings: Mapping[str, StringScores] = field(default_factory=dict)
+    scored_groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def under(self, distribution: Distribution) -> Run:
         """Return the same run with its tasks judged by another distribution; what has none is in ``skipped``.
@@ -85,7 +87,14 @@ class Run:
             name: leaves for name, leaves in self.groups.items() if all(leaf in tasks for leaf in leaves)
         }
         skipped |= {name: "some of its tasks have no scale" for name in self.groups if name not in groups}
-        return replace(self, tasks=tasks, groups=groups, skipped=skipped, distribution=distribution)
+        return replace(
+            self,
+            tasks=tasks,
+            groups=groups,
+            skipped=skipped,
+            distribution=distribution,
+            scored_groups=self.scored_groups or self.groups,
+        )
 
     @cached_property
     def identity(self) -> str:
@@ -166,6 +175,22 @@ class Run:
             f"{self.source} has no samples of {name!r}{reason}; "
             f"it has {', '.join([*self.groups, *self.tasks])}"
         )
+
+    def scored_leaves(self, name: str) -> tuple[str, ...]:
+        """Return the tasks that ``name`` stands for, also where the declared distribution has none for them.
+
+        Raises:
+            EnsembleError: the run has no scores of it.
+        """
+        if name in self.scores:
+            return (name,)
+        if name in self.scored_groups:
+            return self.scored_groups[name]
+        return self.leaves(name)
+
+    def has_scores(self, name: str) -> bool:
+        """Whether ``name`` is a task or a group whose members' scores are known, with or without a distribution."""
+        return name in self or name in self.scores or name in self.scored_groups
 
     def predictions(self, name: str) -> Predictions:
         """Return a task's predictions, or a group's documents pooled.
@@ -274,6 +299,7 @@ def merge_runs(runs: Sequence[Run]) -> list[Run]:
                     seconds=_sum(other.seconds, run.seconds),
                     scores={**other.scores, **run.scores},
                     strings={**other.strings, **run.strings},
+                    scored_groups={**other.scored_groups, **run.scored_groups},
                 )
                 break
         else:
