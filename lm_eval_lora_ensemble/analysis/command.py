@@ -164,8 +164,10 @@ def _print_task(name: str, task: TaskResult, *, ensemble: bool) -> None:
     ]
     if sets:
         asked = f"{100 * (1 - task.conformal[0].alpha):g} %"
+        c = task.conformal[0]
+        own = f", T = {c.temperature:.3g} from {c.n_scale} other documents" if c.n_scale else ""
         _table(
-            f"{name}: conformal sets for {asked}",
+            f"{name}: conformal sets for {asked}{own}",
             ("method", "coverage", "size ↓", "calibrated", "tested"),
             sets,
         )

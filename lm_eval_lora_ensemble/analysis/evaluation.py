@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from lm_eval_lora_ensemble.analysis.conformal_sets import conformal_results
 from lm_eval_lora_ensemble.analysis.domains import detect_all, in_domain_tasks
 from lm_eval_lora_ensemble.analysis.result import (
-    ConformalResult,
     MetricResult,
     RecalibrationResult,
     Settings,
@@ -19,7 +19,6 @@ from lm_eval_lora_ensemble.analysis.result import (
 from lm_eval_lora_ensemble.analysis.runs import Run
 from lm_eval_lora_ensemble.analysis.strings import evaluate_strings
 from lm_eval_lora_ensemble.errors import EnsembleError
-from lm_eval_lora_ensemble.metrics import conformal
 from lm_eval_lora_ensemble.metrics.arrays import FloatArray
 from lm_eval_lora_ensemble.metrics.battery import Battery
 from lm_eval_lora_ensemble.metrics.bootstrap import (
@@ -83,7 +82,7 @@ def evaluate(
         if predictions.is_gold is None:
             skipped[name] = f"gold answers unknown: {predictions.missing_gold}"
             continue
-        results[name], drawn[name] = _evaluate_task(name, predictions, run.leaves(name), drawn, chosen)
+        results[name], drawn[name] = _evaluate_task(run, name, drawn, chosen)
     if not results and not ood and not run.strings:
         raise EnsembleError(f"{run.source}: no task has gold answers: {skipped}")
 
@@ -118,13 +117,10 @@ def _recalibrate_all(run: Run, fitted_on: str, settings: Settings) -> dict[str, 
 
 
 def _evaluate_task(
-    name: str,
-    predictions: Predictions,
-    leaves: tuple[str, ...],
-    drawn: Mapping[str, Bootstrapped],
-    settings: Settings,
+    run: Run, name: str, drawn: Mapping[str, Bootstrapped], settings: Settings
 ) -> tuple[TaskResult, Bootstrapped]:
     """Return a task's or group's result, and the ensemble's resamples for the groups above it."""
+    predictions, leaves = run.predictions(name), run.leaves(name)
     clustered = predictions.clusters is not None
     plan = settings.plan(name, predictions)
     ensemble = bootstrap(Battery(predictions, settings.bins), plan)
@@ -161,7 +157,7 @@ def _evaluate_task(
             predictions.confidence, predictions.correct, settings.bins, level=settings.level
         ),
         risk_coverage=[(float(curve.coverage[i]), float(curve.risk[i])) for i in points],
-        conformal=_conformal(predictions, settings) if predictions.n_documents > 1 else [],
+        conformal=conformal_results(run, name, settings),
         by_size=by_size(predictions, bins=settings.bins, seed=settings.seed),
     )
     return result, ensemble
@@ -195,33 +191,6 @@ def _macro_jackknife(metric: str, parts: Sequence[Bootstrapped], defined: np.nda
             if len(p.jackknife[metric])
         ]
     )
-
-
-def _conformal(predictions: Predictions, settings: Settings) -> list[ConformalResult]:
-    calibration, test = conformal.split(predictions, 0.5, settings.seed)
-    plan = ResamplingPlan(test.n_documents, settings.resamples, settings.seed, level=settings.level)
-    results = []
-    for method in conformal.METHODS:
-        sets = conformal.conformal_sets(calibration, test, method, settings.alpha, seed=settings.seed)
-        values = np.stack([sets.covered.astype(np.float64), sets.sizes], axis=1)
-
-        def means(weights: FloatArray, values: FloatArray = values) -> dict[str, FloatArray]:
-            coverage, size = (weights @ values / weights.sum(axis=1, keepdims=True)).T
-            return {"coverage": coverage, "size": size}
-
-        drawn = bootstrap(means, plan)
-        results.append(
-            ConformalResult(
-                method,
-                settings.alpha,
-                sets.threshold,
-                sets.n_calibration,
-                test.n_documents,
-                drawn.estimate("coverage"),
-                drawn.estimate("size"),
-            )
-        )
-    return results
 
 
 def _recalibrate(

@@ -325,7 +325,9 @@ def _read_run(folder: Path, date: str, files: Mapping[str, Path], asked: Path) -
             scores[task] = read
     if not scores and not strings:
         raise EnsembleError(f"{asked}: no task can be analysed: {next(iter(skipped.items()), '')}")
-    sizes = {task: s.n_members for task, s in (*scores.items(), *strings.items())}
+    sizes = {task: s.n_members for task, s in scores.items()} | {
+        task: s.n_members for task, s in strings.items()
+    }
     if len(set(sizes.values())) > 1:
         raise EnsembleError(
             f"{folder}: tasks of one run have different numbers of members ({sizes}); "

@@ -87,7 +87,7 @@ def mark_other_forms(
         note = "the samples do not say how long the answers are, so their forms are not compared"
     elif in_domain.letters != out_of_domain.letters:
         note = "letters against answers written out: their mutual information does not compare"
-        found["mutual_information"] = Detection(*[_UNDEFINED] * 3)
+        found["mutual_information"] = Detection(_UNDEFINED, _UNDEFINED, _UNDEFINED)
     else:
         means = in_domain.characters, out_of_domain.characters
         if max(means) <= MOST_DIFFERENT_LENGTHS * min(means):
@@ -172,6 +172,10 @@ def detect(
     plan = ResamplingPlan(sum(sizes), resamples, seed, strata=np.repeat([0, 1], sizes), level=level)
     drawn: Bootstrapped = bootstrap(statistics, plan)
     return {
-        score: Detection(*(drawn.estimate(f"{score}/{kind}") for kind in ("auroc", "aupr", "fpr95")))
+        score: Detection(
+            drawn.estimate(f"{score}/auroc"),
+            drawn.estimate(f"{score}/aupr"),
+            drawn.estimate(f"{score}/fpr95"),
+        )
         for score in statistics.scores
     }
