@@ -6,8 +6,7 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from lm_eval_lora_ensemble.analysis.arguments import add_settings, settings_of
-from lm_eval_lora_ensemble.analysis.runs import load_runs, merge_runs
+from lm_eval_lora_ensemble.analysis.arguments import add_replicates, add_settings, read_runs, settings_of
 from lm_eval_lora_ensemble.errors import EnsembleError
 
 
@@ -15,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.add_argument(
         "results",
-        nargs="+",
+        nargs="*",
         type=Path,
         metavar="RESULTS",
         help="lm_eval's output folders, results_*.json or samples_*.jsonl, of any number of runs and models",
@@ -25,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--title", help="of the page")
     add_settings(parser)
+    add_replicates(parser)
     parser.add_argument(
         "--documents", type=int, default=3000, help="documents the page shows, about (default %(default)s)"
     )
@@ -53,6 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
         settings=settings_of(arguments),
         documents=arguments.documents,
         figures=arguments.figures,
+        replicates=tuple(map(tuple, arguments.replicates)),
         **({"title": arguments.title} if arguments.title else {}),
     )
     with Console(stderr=True).status("reading") as status:
@@ -60,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
         def tell(text: str) -> None:
             status.update(escape(text))
 
-        runs = merge_runs([one for place in arguments.results for one in load_runs(place)])
+        runs = read_runs(arguments)
         page = write_report(make_report(runs, options, tell), arguments.output, tell)
     print(f"Report: {page}")
     return 0
