@@ -24,6 +24,8 @@ from lm_eval_lora_ensemble.analysis.result import Settings
 from lm_eval_lora_ensemble.analysis.runs import load_runs
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.metrics.bootstrap import ResamplingPlan, bootstrap
+from lm_eval_lora_ensemble.report.build import make_report
+from lm_eval_lora_ensemble.report.model import Options
 
 QUICK = Settings(resamples=200)
 
@@ -159,6 +161,61 @@ def test_other_documents_are_refused(place, tmp_path):
     write_run(tmp_path / "short", {"one": 50}, seed=30, config=trained(30))
     with pytest.raises(EnsembleError, match="same documents"):
         evaluate_replicates(load_runs(tmp_path), QUICK)
+
+
+def noisy(folder: Path, seed: int, rank: int, spread: float) -> None:
+    """Write an ensemble whose scores are ``spread`` times as far from the truth."""
+    write_run(folder, {"one": 150}, seed=seed, config=trained(seed, rank=rank), sharpness=2.0)
+    (file,) = folder.glob("samples_*.jsonl")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    rng = np.random.default_rng(seed)
+    for line in lines:
+        members = np.array(line["members"])
+        line["members"] = (members + spread * rng.normal(size=members.shape)).tolist()
+        line["filtered_resps"] = [[str(v), "False"] for v in np.mean(line["members"], axis=0)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_best_goes_by_the_t_interval_of_replicates(tmp_path):
+    for seed in (0, 10, 20):
+        noisy(tmp_path / f"good_{seed}", seed, 8, 0.0)
+        noisy(tmp_path / f"bad_{seed}", 100 + seed, 16, 4.0)
+    report = make_report(load_runs(tmp_path), Options(settings=QUICK))
+    (board,) = report.boards
+    rows = {(row.entry, row.kind): row for row in board.rows}
+    means = [row for row in board.rows if row.kind == "replicates"]
+    assert len(means) == 2
+    for row, start in zip(means, ("bad", "good"), strict=True):
+        of = [i for i, e in enumerate(report.entries) if Path(e.run.source).name.startswith(start)]
+        values = [rows[i, "ensemble"].cells["nll"].value for i in of]
+        cell = row.cells["nll"]
+        assert cell.value == pytest.approx(np.mean(values))
+        assert (cell.low, cell.high) == pytest.approx(
+            stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
+        )
+        assert (cell.interval, cell.replicates) == ("t", 3)
+    marked = {(row.kind, row.entry) for row in board.rows if row.cells["nll"].best}
+    assert marked == {("replicates", means[1].entry)}
+    # two seeds of which one is as good as the others: their mean is not measurably better than anything
+    report = make_report(
+        [r for r in load_runs(tmp_path) if Path(r.source).name in ("good_0", "bad_0", "good_10", "bad_10")],
+        Options(
+            settings=QUICK,
+            replicates=(
+                (tmp_path / "good_0", tmp_path / "bad_0"),
+                (tmp_path / "good_10", tmp_path / "bad_10"),
+            ),
+        ),
+    )
+    assert not [r for r in report.boards[0].rows if r.kind.startswith("repl") and r.cells["nll"].best]
+
+
+def test_the_report_shows_replicates(place, tmp_path):
+    words = ["report", str(place), "--output", str(tmp_path / "r"), "--resamples", "20", "--figures", "0"]
+    assert cli.main(words) == 0
+    for name in ("report.html", "report.md", "leaderboard.csv"):
+        assert "mean of 3 replicates" in (tmp_path / "r" / name).read_text(), name
+    assert "interval over 3 replicates" in (tmp_path / "r" / "report.html").read_text()
 
 
 def test_the_command_prints_a_table_and_writes_json(place, tmp_path, capsys):

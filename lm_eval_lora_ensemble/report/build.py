@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_lora_ensemble.analysis.domains import detect_all
+from lm_eval_lora_ensemble.analysis.replicates import replicate_sets
 from lm_eval_lora_ensemble.analysis.runs import Run
 from lm_eval_lora_ensemble.disk import write_folder
 from lm_eval_lora_ensemble.errors import EnsembleError, one_line
@@ -41,7 +42,8 @@ def make_report(
             known = sorted({n for e in entries for n in e.run.names()})
             raise EnsembleError(f"no run has the out-of-domain task {name!r}; tasks are {', '.join(known)}")
     boards: list[Board] = []
-    for board in leaderboard(entries, options.settings):
+    sets = replicate_sets([entry.run for entry in entries], options.replicates)
+    for board in leaderboard(entries, options.settings, sets):
         tell(f"leaderboard: {board.task}")
         boards.append(board)
     if not boards:
