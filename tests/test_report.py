@@ -84,7 +84,7 @@ def test_sentences_follow_from_the_cells(real):
     said = read(real)["statements"]
     about = next(s for s in said if "on arc_easy_validation" in s)
     assert "nll 1.609 (0.101 below its mean member's" in about
-    assert "not told from its mean member's" in about
+    assert "does not differ measurably from its mean member's" in about
     assert any(
         re.search(r"tells mmlu_anatomy from arc_easy_validation by entropy with AUROC 0\.97", s) for s in said
     )

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 
 from lm_eval_lora_ensemble.analysis.distribution import RAW, VALIDATION, Distribution
 from lm_eval_lora_ensemble.analysis.result import Settings
-from lm_eval_lora_ensemble.analysis.runs import Run
+from lm_eval_lora_ensemble.analysis.runs import Run, load_runs, merge_runs
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.metrics.calibration import DEFAULT_BINS
 from lm_eval_lora_ensemble.metrics.choice_scores import SCORE_KINDS
@@ -42,6 +43,37 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--level", type=float, default=0.95, help="of the intervals (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of resampling and splits (default %(default)s)")
+
+
+def add_replicates(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--replicates``."""
+    parser.add_argument(
+        "--replicates",
+        action="append",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="RESULTS",
+        help="results of ensembles that differ in their seeds only, read if they are not among RESULTS; repeatable, "
+        "one set each time (sets whose results files say so are found without it)",
+    )
+
+
+def read_runs(arguments: argparse.Namespace) -> list[Run]:
+    """Return the runs of RESULTS and of ``--replicates``, each once.
+
+    Raises:
+        EnsembleError: nothing was named, or files that cannot be trusted.
+    """
+    places = [*arguments.results, *(place for places in arguments.replicates for place in places)]
+    if not places:
+        raise EnsembleError("name a results folder, or several with --replicates")
+    runs: dict[frozenset[Path], Run] = {}
+    for run in (run for place in places for run in load_runs(place)):
+        files = frozenset(Path(file).resolve() for file in run.files.values())
+        if not files or not any(files <= known for known in runs):
+            runs[files or frozenset({Path(run.source)})] = run
+    return merge_runs(list(runs.values()))
 
 
 def settings_of(arguments: argparse.Namespace) -> Settings:

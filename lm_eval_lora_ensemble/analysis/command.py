@@ -8,12 +8,20 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lm_eval_lora_ensemble.analysis.arguments import add_settings, asked_distribution, settings_of, under
+from lm_eval_lora_ensemble.analysis.arguments import (
+    add_replicates,
+    add_settings,
+    asked_distribution,
+    read_runs,
+    settings_of,
+    under,
+)
 from lm_eval_lora_ensemble.analysis.comparison import Comparison, compare
 from lm_eval_lora_ensemble.analysis.distribution import Distribution
 from lm_eval_lora_ensemble.analysis.evaluation import evaluate
+from lm_eval_lora_ensemble.analysis.replicates import Replicated, Spread, evaluate_replicates, replicate_sets
 from lm_eval_lora_ensemble.analysis.result import TaskResult, UncertaintyResult, plain
-from lm_eval_lora_ensemble.analysis.runs import Run, load_runs, merge_runs
+from lm_eval_lora_ensemble.analysis.runs import Run
 from lm_eval_lora_ensemble.analysis.scales import METRICS_BY_SCALE, ScaleResult, by_scale
 from lm_eval_lora_ensemble.disk import write_json
 from lm_eval_lora_ensemble.errors import EnsembleError
@@ -30,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.add_argument(
         "results",
-        nargs="+",
+        nargs="*",
         type=Path,
         metavar="RESULTS",
         help="lm_eval's output folder, a results_*.json or a samples_*.jsonl; further ones of other models "
@@ -41,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON")
     add_settings(parser)
+    add_replicates(parser)
     parser.add_argument(
         "--alpha", type=float, default=0.1, help="error rate of conformal sets (default %(default)s)"
     )
@@ -57,12 +66,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
         raise EnsembleError(f"--json {arguments.json}: the folder does not exist; create it first")
     settings = settings_of(arguments)
-    runs = under(
-        merge_runs([run for place in arguments.results for run in load_runs(place)]),
-        asked_distribution(arguments),
-    )
+    runs = under(read_runs(arguments), asked_distribution(arguments))
     _check_names(runs, [*arguments.ood, *([arguments.calibrate] if arguments.calibrate else [])])
-    output: dict[str, Any] = {"runs": [], "comparisons": []}
+    output: dict[str, Any] = {"runs": [], "comparisons": [], "replicates": []}
     for one in runs:
         result = evaluate(one, ood=arguments.ood, calibrate=arguments.calibrate, settings=settings)
         shown = one.names() if arguments.all else one.top_level()
@@ -79,6 +85,11 @@ def run(arguments: argparse.Namespace) -> int:
         output["comparisons"].append(
             {"run": other.source, "baseline": runs[0].source, "tasks": plain(compared)}
         )
+    for found in replicate_sets(runs, arguments.replicates):
+        of_set = [runs[index] for index in found]
+        evaluated = evaluate_replicates(of_set, settings)
+        _print_replicates(of_set, evaluated, settings.level)
+        output["replicates"].append({"runs": [run.source for run in of_set], "tasks": plain(evaluated)})
     if arguments.json is not None:
         write_json(arguments.json, output)
         print(f"Written to {arguments.json}")
@@ -117,6 +128,10 @@ def _print_result(result: UncertaintyResult, distribution: Distribution, shown: 
             ("out-of-domain", "score", "AUROC ↑", "AUPR ↑", "FPR95 ↓"),
             rows,
         )
+        for outside, by_score in by_task.items():
+            for score, d in by_score.items():
+                if d.note:
+                    print(f"  {outside}, {score}: {d.note}")
     for name, recalibrated in result.recalibration.items():
         rows = [
             (
@@ -171,8 +186,10 @@ def _print_task(name: str, task: TaskResult, *, ensemble: bool) -> None:
     ]
     if sets:
         asked = f"{100 * (1 - task.conformal[0].alpha):g} %"
+        c = task.conformal[0]
+        own = f", T = {c.temperature:.3g} from {c.n_scale} other documents" if c.n_scale else ""
         _table(
-            f"{name}: conformal sets for {asked}",
+            f"{name}: conformal sets for {asked}{own}",
             ("method", "coverage", "size ↓", "calibrated", "tested"),
             sets,
         )
@@ -225,6 +242,39 @@ def _print_comparison(run: Run, baseline: Run, compared: dict[str, Comparison]) 
             ("metric", "difference"),
             rows,
         )
+
+
+def _print_replicates(runs: list[Run], evaluated: dict[str, Replicated], level: float) -> None:
+    print(f"\n{len(runs)} replicates: {', '.join(run.source for run in runs)}")
+    for name, found in evaluated.items():
+        rows: list[Row] = [
+            (
+                f"{metric} {_ARROWS[METRICS[metric].direction]}".strip(),
+                *_of_spread(found.ensemble[metric]),
+                *_of_spread(found.member[metric])[:3],
+                *_of_spread(found.difference[metric])[::2],
+            )
+            for metric in found.ensemble
+            if not math.isnan(found.ensemble[metric].mean)
+        ]
+        _table(
+            f"{name}: {found.replicates} replicates of {found.members} members together, {found.documents} documents, "
+            f"{100 * level:g} % intervals: t over retrained ensembles, two-way over documents and ensembles",
+            (
+                *("metric", "ensembles, mean", "SD", "t", "two-way"),
+                *("members, mean", "SD", "t"),
+                *("ensemble − members", "t"),
+            ),
+            rows,
+        )
+
+
+def _of_spread(spread: Spread) -> tuple[str, str, str, str]:
+    t, two_way = (
+        "–" if math.isnan(low) else f"[{_number(low)}, {_number(high)}]"
+        for low, high in (spread.t, spread.two_way)
+    )
+    return _number(spread.mean), _number(spread.standard_deviation), t, two_way
 
 
 def _number(value: float) -> str:

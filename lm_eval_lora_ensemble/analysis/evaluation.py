@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from lm_eval_lora_ensemble.analysis.conformal_sets import conformal_results
+from lm_eval_lora_ensemble.analysis.domains import detect_all, in_domain_tasks
 from lm_eval_lora_ensemble.analysis.result import (
-    ConformalResult,
     MetricResult,
     RecalibrationResult,
     Settings,
@@ -18,7 +19,6 @@ from lm_eval_lora_ensemble.analysis.result import (
 from lm_eval_lora_ensemble.analysis.runs import Run
 from lm_eval_lora_ensemble.analysis.strings import evaluate_strings
 from lm_eval_lora_ensemble.errors import EnsembleError
-from lm_eval_lora_ensemble.metrics import conformal
 from lm_eval_lora_ensemble.metrics.arrays import FloatArray
 from lm_eval_lora_ensemble.metrics.battery import Battery
 from lm_eval_lora_ensemble.metrics.bootstrap import (
@@ -30,7 +30,6 @@ from lm_eval_lora_ensemble.metrics.bootstrap import (
     mean_of,
 )
 from lm_eval_lora_ensemble.metrics.calibration import reliability_table
-from lm_eval_lora_ensemble.metrics.detection import Detection, detect
 from lm_eval_lora_ensemble.metrics.ensemble_size import by_size
 from lm_eval_lora_ensemble.metrics.predictions import Predictions
 from lm_eval_lora_ensemble.metrics.recalibration import ORDERS, TemperatureScaling, recalibrate
@@ -70,8 +69,10 @@ def evaluate(
         0.98
     """
     chosen = settings or Settings()
-    for name in (*ood, *([calibrate] if calibrate else [])):
-        run.leaves(name)  # raises before the work, not after
+    for name in ood:
+        run.scored_leaves(name)  # raises before the work, not after
+    if calibrate:
+        run.leaves(calibrate)
     results: dict[str, TaskResult] = {}
     drawn: dict[str, Bootstrapped] = {}
     skipped = {name: why for name, why in run.skipped.items() if name not in run.strings}
@@ -81,7 +82,7 @@ def evaluate(
         if predictions.is_gold is None:
             skipped[name] = f"gold answers unknown: {predictions.missing_gold}"
             continue
-        results[name], drawn[name] = _evaluate_task(name, predictions, run.leaves(name), drawn, chosen)
+        results[name], drawn[name] = _evaluate_task(run, name, drawn, chosen)
     if not results and not ood and not run.strings:
         raise EnsembleError(f"{run.source}: no task has gold answers: {skipped}")
 
@@ -104,33 +105,10 @@ def evaluate(
     )
 
 
-def detect_all(
-    run: Run, ood: Sequence[str], settings: Settings
-) -> dict[str, dict[str, dict[str, Detection]]]:
-    """Tell each out-of-domain task from each other top-level one: by in-domain task, out-of-domain task, score.
-
-    Raises:
-        EnsembleError: a name that the run lacks, or no task besides the out-of-domain ones.
-    """
-    return {
-        inside: {
-            outside: detect(
-                run.predictions(inside),
-                run.predictions(outside),
-                resamples=settings.resamples,
-                seed=settings.seed,
-                level=settings.level,
-            )
-            for outside in ood
-        }
-        for inside in (_besides(run, ood) if ood else [])
-    }
-
-
 def _recalibrate_all(run: Run, fitted_on: str, settings: Settings) -> dict[str, list[RecalibrationResult]]:
     """Apply temperatures fitted on one task to every other top-level one with gold answers."""
     calibration = run.predictions(fitted_on)
-    tests = {name: run.predictions(name) for name in _besides(run, [fitted_on])}
+    tests = {name: run.predictions(name) for name in in_domain_tasks(run, [fitted_on])}
     return {
         name: _recalibrate(name, test, fitted_on, calibration, settings)
         for name, test in tests.items()
@@ -138,21 +116,11 @@ def _recalibrate_all(run: Run, fitted_on: str, settings: Settings) -> dict[str, 
     }
 
 
-def _besides(run: Run, names: Sequence[str]) -> list[str]:
-    found = run.top_level(besides=names)
-    if not found:
-        raise EnsembleError(f"{run.source} has no task besides {', '.join(names)}")
-    return found
-
-
 def _evaluate_task(
-    name: str,
-    predictions: Predictions,
-    leaves: tuple[str, ...],
-    drawn: Mapping[str, Bootstrapped],
-    settings: Settings,
+    run: Run, name: str, drawn: Mapping[str, Bootstrapped], settings: Settings
 ) -> tuple[TaskResult, Bootstrapped]:
     """Return a task's or group's result, and the ensemble's resamples for the groups above it."""
+    predictions, leaves = run.predictions(name), run.leaves(name)
     clustered = predictions.clusters is not None
     plan = settings.plan(name, predictions)
     ensemble = bootstrap(Battery(predictions, settings.bins), plan)
@@ -189,7 +157,7 @@ def _evaluate_task(
             predictions.confidence, predictions.correct, settings.bins, level=settings.level
         ),
         risk_coverage=[(float(curve.coverage[i]), float(curve.risk[i])) for i in points],
-        conformal=_conformal(predictions, settings) if predictions.n_documents > 1 else [],
+        conformal=conformal_results(run, name, settings),
         by_size=by_size(predictions, bins=settings.bins, seed=settings.seed),
     )
     return result, ensemble
@@ -223,33 +191,6 @@ def _macro_jackknife(metric: str, parts: Sequence[Bootstrapped], defined: np.nda
             if len(p.jackknife[metric])
         ]
     )
-
-
-def _conformal(predictions: Predictions, settings: Settings) -> list[ConformalResult]:
-    calibration, test = conformal.split(predictions, 0.5, settings.seed)
-    plan = ResamplingPlan(test.n_documents, settings.resamples, settings.seed, level=settings.level)
-    results = []
-    for method in conformal.METHODS:
-        sets = conformal.conformal_sets(calibration, test, method, settings.alpha, seed=settings.seed)
-        values = np.stack([sets.covered.astype(np.float64), sets.sizes], axis=1)
-
-        def means(weights: FloatArray, values: FloatArray = values) -> dict[str, FloatArray]:
-            coverage, size = (weights @ values / weights.sum(axis=1, keepdims=True)).T
-            return {"coverage": coverage, "size": size}
-
-        drawn = bootstrap(means, plan)
-        results.append(
-            ConformalResult(
-                method,
-                settings.alpha,
-                sets.threshold,
-                sets.n_calibration,
-                test.n_documents,
-                drawn.estimate("coverage"),
-                drawn.estimate("size"),
-            )
-        )
-    return results
 
 
 def _recalibrate(

@@ -73,7 +73,17 @@ class MetricResult:
 
 @dataclass(frozen=True)
 class ConformalResult:
-    """Conformal sets calibrated on one random half of the documents and tested on the other."""
+    """Conformal sets calibrated on some of the documents and tested on others.
+
+    Attributes:
+        method: ``thr``, ``aps`` or ``raps``.
+        alpha: the error rate asked for.
+        threshold: calibrated.
+        n_calibration, n_test: documents of each part: random halves, or thirds where a scale takes the third.
+        coverage, mean_size: on the test documents.
+        n_scale: documents that the scale was fitted on for these sets; 0 where it does not come from this task.
+        temperature: fitted on them; NaN without.
+    """
 
     method: str
     alpha: float
@@ -82,6 +92,8 @@ class ConformalResult:
     n_test: int
     coverage: Estimate
     mean_size: Estimate
+    n_scale: int = 0
+    temperature: float = math.nan
 
 
 @dataclass(frozen=True)

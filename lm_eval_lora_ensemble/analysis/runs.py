@@ -45,6 +45,7 @@ class Run:
         distribution: which distribution over the choices is judged.
         strings: tasks of whole strings by name, which are in ``skipped`` too: they have no choices.
         as_read: the run under the scores as they are; None where this is it.
+        scored_groups: as ``groups``, those included of which some task has no distribution; empty where none has.
     """
 
     source: str
@@ -59,6 +60,7 @@ class Run:
     distribution: Distribution = field(default_factory=Distribution)
     strings: Mapping[str, StringScores] = field(default_factory=dict)
     as_read: Run | None = None
+    scored_groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def under(self, distribution: Distribution) -> Run:
         """Return the same run with its tasks judged by another distribution; what has none is in ``skipped``.
@@ -92,7 +94,13 @@ class Run:
             undefined[name] = next(undefined[leaf] for leaf in self.groups[name] if leaf in undefined)
         skipped = {**self.skipped, **undefined}
         return replace(
-            self, tasks=tasks, groups=groups, skipped=skipped, distribution=distribution, as_read=self
+            self,
+            tasks=tasks,
+            groups=groups,
+            skipped=skipped,
+            distribution=distribution,
+            scored_groups=self.groups,
+            as_read=self,
         )
 
     @cached_property
@@ -174,6 +182,22 @@ class Run:
             f"{self.source} has no samples of {name!r}{reason}; "
             f"it has {', '.join([*self.groups, *self.tasks])}"
         )
+
+    def scored_leaves(self, name: str) -> tuple[str, ...]:
+        """Return the tasks that ``name`` stands for, also where the declared distribution has none for them.
+
+        Raises:
+            EnsembleError: the run has no scores of it.
+        """
+        if name in self.scores:
+            return (name,)
+        if name in self.scored_groups:
+            return self.scored_groups[name]
+        return self.leaves(name)
+
+    def has_scores(self, name: str) -> bool:
+        """Whether ``name`` is a task or a group whose members' scores are known, with or without a distribution."""
+        return name in self or name in self.scores or name in self.scored_groups
 
     def predictions(self, name: str) -> Predictions:
         """Return a task's predictions, or a group's documents pooled.
@@ -282,6 +306,7 @@ def merge_runs(runs: Sequence[Run]) -> list[Run]:
                     seconds=_sum(other.seconds, run.seconds),
                     scores={**other.scores, **run.scores},
                     strings={**other.strings, **run.strings},
+                    scored_groups={**other.scored_groups, **run.scored_groups},
                 )
                 break
         else:

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from lm_eval_lora_ensemble.errors import EnsembleError
-from lm_eval_lora_ensemble.metrics.arrays import BoolArray, FloatArray
+from lm_eval_lora_ensemble.metrics.arrays import BoolArray, FloatArray, IntArray
 from lm_eval_lora_ensemble.metrics.predictions import Predictions
 
 Method = Literal["thr", "aps", "raps"]
@@ -186,3 +186,18 @@ def split(predictions: Predictions, share: float = 0.5, seed: int = 0) -> tuple[
         raise EnsembleError(f"{d} documents cannot be split into two parts with a share of {share}")
     order = np.random.default_rng(seed).permutation(d)
     return predictions.take(np.sort(order[:first])), predictions.take(np.sort(order[first:]))
+
+
+def thirds(documents: int, seed: int = 0) -> tuple[IntArray, IntArray, IntArray]:
+    """Return three random parts of equal size, as indices: for a scale, for calibration and for the test.
+
+    A scale fitted on documents that calibrate or test would break the exchangeability that coverage rests on.
+
+    Raises:
+        EnsembleError: fewer than three documents.
+    """
+    if documents < 3:
+        raise EnsembleError(f"{documents} documents cannot be split into three parts")
+    order = np.random.default_rng(seed).permutation(documents)
+    first, second, third = (np.sort(part) for part in np.array_split(order, 3))
+    return first, second, third

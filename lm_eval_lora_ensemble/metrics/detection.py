@@ -6,7 +6,8 @@ with different numbers of choices differ for that reason alone: compare tasks of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -14,8 +15,15 @@ from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.metrics.arrays import FloatArray
 from lm_eval_lora_ensemble.metrics.battery import uncertainty_scores
 from lm_eval_lora_ensemble.metrics.bootstrap import Bootstrapped, Estimate, ResamplingPlan, bootstrap
+from lm_eval_lora_ensemble.metrics.choice_scores import ChoiceScores
 from lm_eval_lora_ensemble.metrics.predictions import Predictions
 from lm_eval_lora_ensemble.metrics.ranking import Ranking
+
+MOST_DIFFERENT_LENGTHS = 1.5
+"""The ratio of two domains' mean answer lengths above which mutual information carries a note."""
+
+_NAN = float("nan")
+_UNDEFINED = Estimate(_NAN, _NAN, _NAN, (_NAN, _NAN), (_NAN, _NAN), (_NAN, _NAN))
 
 
 @dataclass(frozen=True)
@@ -26,11 +34,70 @@ class Detection:
         auroc: area under the ROC curve, in [0, 1], chance 0.5.
         aupr: average precision with out-of-domain as the positive class; chance is its share.
         fpr95: share of in-domain documents flagged when 95 % of the out-of-domain ones are, lower is better.
+        note: what a reader must know of this number, or why it is NaN; empty where nothing.
     """
 
     auroc: Estimate
     aupr: Estimate
     fpr95: Estimate
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class AnswerForm:
+    """What the choices of a task look like, as far as the number of their characters tells.
+
+    Attributes:
+        characters: mean over all choices of all documents.
+        letters: no choice has more than one character, or the class "other" is one of them.
+    """
+
+    characters: float
+    letters: bool
+
+    @classmethod
+    def of(cls, scores: ChoiceScores) -> AnswerForm | None:
+        """Return the form of a task's choices; None where their lengths are unknown."""
+        if scores.other_class:
+            return cls(1.0, letters=True)
+        if "chars" not in scores.lengths:
+            return None
+        present = np.arange(scores.lengths["chars"].shape[1]) < scores.counts[:, None]
+        lengths = scores.lengths["chars"][present]
+        return cls(float(lengths.mean()), letters=bool((lengths <= 1).all()))
+
+
+def mark_other_forms(
+    detected: Mapping[str, Detection], in_domain: AnswerForm | None, out_of_domain: AnswerForm | None
+) -> dict[str, Detection]:
+    """Say of mutual information whether the two sides' answers have one form; letters against texts make it NaN.
+
+    What members disagree about shrinks with the length of the answers that are judged per character, and grows with
+    it where they are judged by sums, in any domain.
+
+    Args:
+        detected: by score, from :func:`detect`.
+        in_domain: None where it is unknown.
+        out_of_domain: None where it is unknown.
+    """
+    found = dict(detected)
+    if "mutual_information" not in found:
+        return found
+    if in_domain is None or out_of_domain is None:
+        note = "the samples do not say how long the answers are, so their forms are not compared"
+    elif in_domain.letters != out_of_domain.letters:
+        note = "letters against answers written out: their mutual information does not compare"
+        found["mutual_information"] = Detection(_UNDEFINED, _UNDEFINED, _UNDEFINED)
+    else:
+        means = in_domain.characters, out_of_domain.characters
+        if max(means) <= MOST_DIFFERENT_LENGTHS * min(means):
+            return found
+        note = (
+            f"answers of {means[1]:.0f} characters out of domain and {means[0]:.0f} in it: "
+            "mutual information changes with length too"
+        )
+    found["mutual_information"] = replace(found["mutual_information"], note=note)
+    return found
 
 
 class DetectionStatistics:
@@ -105,6 +172,10 @@ def detect(
     plan = ResamplingPlan(sum(sizes), resamples, seed, strata=np.repeat([0, 1], sizes), level=level)
     drawn: Bootstrapped = bootstrap(statistics, plan)
     return {
-        score: Detection(*(drawn.estimate(f"{score}/{kind}") for kind in ("auroc", "aupr", "fpr95")))
+        score: Detection(
+            drawn.estimate(f"{score}/auroc"),
+            drawn.estimate(f"{score}/aupr"),
+            drawn.estimate(f"{score}/fpr95"),
+        )
         for score in statistics.scores
     }

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lm_eval_lora_ensemble.analysis.evaluation import detect_all
+from lm_eval_lora_ensemble.analysis.domains import detect_all
+from lm_eval_lora_ensemble.analysis.replicates import replicate_sets
 from lm_eval_lora_ensemble.analysis.runs import Run
 from lm_eval_lora_ensemble.analysis.scales import ScaleResult, by_scale
 from lm_eval_lora_ensemble.disk import write_folder
@@ -38,11 +39,12 @@ def make_report(
     """
     entries = make_entries(runs)
     for name in options.ood:
-        if not any(name in e.run for e in entries):
+        if not any(e.run.has_scores(name) for e in entries):
             known = sorted({n for e in entries for n in e.run.names()})
             raise EnsembleError(f"no run has the out-of-domain task {name!r}; tasks are {', '.join(known)}")
     boards: list[Board] = []
-    for board in leaderboard(entries, options.settings):
+    sets = replicate_sets([entry.run for entry in entries], options.replicates)
+    for board in leaderboard(entries, options.settings, sets):
         tell(f"leaderboard: {board.task}")
         boards.append(board)
     if not boards:
@@ -102,11 +104,12 @@ def _left_out(entries: Sequence[Entry]) -> list[str]:
 
 
 def _detections(entries: Sequence[Entry], options: Options) -> Detections:
-    """Tell out-of-domain from in-domain documents in every run that has both; of a sweep, in the last epoch."""
+    """Compare out-of-domain with in-domain documents in every run that has both; of a sweep, in the last epoch."""
     detections: Detections = {}
     for index, entry in enumerate(entries):
-        out = [name for name in options.ood if name in entry.run]
-        if out and is_last_epoch(entry, entries) and entry.run.top_level(besides=out):
+        out = [name for name in options.ood if entry.run.has_scores(name)]
+        besides = [leaf for name in out for leaf in entry.run.scored_leaves(name) if leaf in entry.run.tasks]
+        if out and is_last_epoch(entry, entries) and entry.run.top_level(besides=besides):
             detections[index] = detect_all(entry.run, out, options.settings)
     return detections
 

@@ -7,13 +7,14 @@ import importlib.util
 from pathlib import Path
 
 from lm_eval_lora_ensemble.analysis.arguments import (
+    add_replicates,
     add_settings,
     asked_distribution,
     primary_distribution,
+    read_runs,
     settings_of,
     under,
 )
-from lm_eval_lora_ensemble.analysis.runs import load_runs, merge_runs
 from lm_eval_lora_ensemble.errors import EnsembleError
 
 
@@ -21,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.add_argument(
         "results",
-        nargs="+",
+        nargs="*",
         type=Path,
         metavar="RESULTS",
         help="lm_eval's output folders, results_*.json or samples_*.jsonl, of any number of runs and models",
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--title", help="of the page")
     add_settings(parser)
+    add_replicates(parser)
     parser.add_argument(
         "--documents", type=int, default=3000, help="documents the page shows, about (default %(default)s)"
     )
@@ -59,6 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
         settings=settings_of(arguments),
         documents=arguments.documents,
         figures=arguments.figures,
+        replicates=tuple(map(tuple, arguments.replicates)),
         **({"title": arguments.title} if arguments.title else {}),
     )
     with Console(stderr=True).status("reading") as status:
@@ -66,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
         def tell(text: str) -> None:
             status.update(escape(text))
 
-        runs = merge_runs([one for place in arguments.results for one in load_runs(place)])
+        runs = read_runs(arguments)
         runs = under(runs, asked_distribution(arguments) or primary_distribution(runs))
         page = write_report(make_report(runs, options, tell), arguments.output, tell)
     print(f"Report: {page}")

@@ -10,6 +10,7 @@ from lm_eval_lora_ensemble.report.leaderboard import Board, Cell, display
 
 _MEASURES = {"accuracy": "accuracy", "nll": "nll", "ece": "ece"}
 _SCORES = {"entropy": "entropy", "mutual_information": "mutual information"}
+_CHANCE = 0.5
 
 
 def sentences(
@@ -31,7 +32,7 @@ def sentences(
     for index, by_inside in detections.items():
         for inside, by_outside in by_inside.items():
             for outside, by_score in by_outside.items():
-                said.append(f"{entries[index].label} tells {outside} from {inside} {_auroc(by_score)}.")
+                said.append(_between_domains(entries[index].label, inside, outside, by_score))
     return said
 
 
@@ -39,16 +40,28 @@ def _change(gain: Cell) -> str:
     """Say by how much the ensemble differs from its mean member, and whether the interval decides it."""
     limits = f"[{display(gain.low)}, {display(gain.high)}]"
     if gain.low <= 0 <= gain.high:
-        return f"not told from its mean member's, difference {limits}"
+        return f"does not differ measurably from its mean member's, difference {limits}"
     size = display(abs(gain.value))
     return f"{size} {'above' if gain.value > 0 else 'below'} its mean member's, difference {limits}"
 
 
-def _auroc(by_score: Mapping[str, Detection]) -> str:
-    parts = []
+def _between_domains(label: str, inside: str, outside: str, by_score: Mapping[str, Detection]) -> str:
+    """Say which scores rise out-of-domain, which do not measurably, and which fall."""
+    rises, others = [], []
     for score, name in _SCORES.items():
-        if score in by_score:
-            auroc = by_score[score].auroc
-            low, high, _ = auroc.quoted
-            parts.append(f"by {name} with AUROC {display(auroc.value)} [{display(low)}, {display(high)}]")
-    return " and ".join(parts)
+        if score not in by_score:
+            continue
+        detection = by_score[score]
+        low, high, _ = detection.auroc.quoted
+        value = f"AUROC {display(detection.auroc.value)} [{display(low)}, {display(high)}]"
+        note = f" ({detection.note})" if detection.note else ""
+        if low > _CHANCE:
+            rises.append(f"by {name} with {value}{note}")
+        elif high < _CHANCE:
+            others.append(f"{name} is lower on {outside} than on {inside}, {value}, below chance{note}")
+        elif low <= _CHANCE <= high:
+            others.append(f"{name} does not differ measurably between {outside} and {inside}, {value}{note}")
+        else:
+            others.append(f"{name} has no AUROC of {outside} against {inside}{note}")
+    said = [f"{label} tells {outside} from {inside} {' and '.join(rises)}."] if rises else []
+    return " ".join([*said, *(f"{label}: {other}." for other in others)])

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lm_eval_lora_ensemble import figures
+from lm_eval_lora_ensemble.analysis.domains import out_of_domain
 from lm_eval_lora_ensemble.analysis.result import Settings
 from lm_eval_lora_ensemble.metrics.bootstrap import Estimate
 from lm_eval_lora_ensemble.metrics.detection import Detection
@@ -122,15 +123,15 @@ def _of_detection(
 ) -> Iterator[Illustration]:
     for inside, by_outside in by_inside.items():
         here = entry.run.predictions(inside)
-        there = {name: entry.run.predictions(name) for name in by_outside}
+        there = {name: out_of_domain(entry.run, inside, name) for name in by_outside}
         scores: list[Score] = ["predictive_entropy"]
         if here.n_members > 1:
             scores.append("mutual_information")
         yield Illustration(
             _name("detection", index, inside),
             f"{entry.label}: does it know that it left {inside}?",
-            "Uncertainty in-domain and out-of-domain, and how well each score tells the two apart "
-            "(AUROC with interval; 0.5 is chance, higher means the score rises out-of-domain).",
+            "Uncertainty in-domain and out-of-domain, and each score's AUROC with its interval: 0.5 is chance, above "
+            "it the score rises out-of-domain, below it the score falls.",
             [
                 *(partial(_histogram, here, there, score, inside) for score in scores),
                 partial(_dots, by_outside, f"n = {here.n_documents} in-domain documents", level),

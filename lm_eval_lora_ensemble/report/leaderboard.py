@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from lm_eval_lora_ensemble.analysis.evaluation import macro_mean
+from lm_eval_lora_ensemble.analysis.replicates import student_interval, welch_interval
 from lm_eval_lora_ensemble.analysis.result import Settings
 from lm_eval_lora_ensemble.metrics.battery import Battery
 from lm_eval_lora_ensemble.metrics.bootstrap import Bootstrapped, Estimate, ResamplingPlan, bootstrap, mean_of
@@ -33,8 +34,8 @@ class _Columns(Mapping[str, str]):
 COLUMNS: Mapping[str, str] = _Columns()
 """The leaderboard's metrics, as the registry has them, and the heads of their columns."""
 
-KINDS = ("ensemble", "model", "macro", "mean member", "best member")
-"""The rows of a run, in the order they are shown."""
+KINDS = ("replicates", "members of replicates", "ensemble", "model", "macro", "mean member", "best member")
+"""The rows of a run, in the order they are shown; those of replicates stand before their first run's."""
 
 # documents times resamples: above it, resamples become fewer, and the intervals' own limits a little rougher
 _DRAWS = 20_000_000
@@ -50,14 +51,16 @@ class Cell:
         display: as it is shown.
         standard_error: over the resamples.
         low, high: the interval's limits, NaN where there is none.
-        interval: ``bca`` or ``basic``.
+        interval: ``bca`` or ``basic`` over documents, or ``t`` over replicates.
         direction: ``higher`` or ``lower`` is better, or neither.
         unit: nats, or none.
         n: documents.
         resamples: R of the interval.
         source: the samples files it follows from.
-        best: better than every other row of its task by a paired interval that excludes 0; never a member
-            that was chosen in hindsight.
+        best: better than every other row of its task by an interval of the difference that excludes 0: paired over
+            documents, or over replicates where both rows have some; never a member that was chosen in hindsight, nor
+            one replicate where the mean of them all is there.
+        replicates: that the value is the mean of; 0 for one run's own value.
     """
 
     value: float
@@ -72,6 +75,7 @@ class Cell:
     resamples: int
     source: tuple[str, ...]
     best: bool = False
+    replicates: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,9 @@ class Row:
 
     Attributes:
         entry: index of the run.
-        kind: ``ensemble``, ``model``, ``mean member``, ``best member`` (lowest nll, in hindsight), or
-            ``macro`` (unweighted mean of the ensemble's values over a group's tasks).
+        kind: ``ensemble``, ``model``, ``mean member``, ``best member`` (lowest nll, in hindsight), ``macro``
+            (unweighted mean of the ensemble's values over a group's tasks), ``replicates`` (mean over ensembles of
+            other seeds) or ``members of replicates`` (mean over all their members).
         label: as shown.
         cells: by metric.
     """
@@ -117,19 +122,31 @@ class Board:
 
 @dataclass(frozen=True, eq=False)
 class _Drawn:
-    """A row before its cells are made: the resamples are what pairs it with others."""
+    """A row before its cells are made: the resamples are what pairs it with others.
+
+    ``parts`` are the replicates that it is the mean of, and ``replicate_set`` which set they are.
+    """
 
     entry: int
     kind: str
     label: str
     drawn: Bootstrapped
     predictions: Predictions
+    parts: tuple[Bootstrapped, ...] = ()
+    replicate_set: int = -1
 
 
-def leaderboard(entries: Sequence[Entry], settings: Settings) -> Iterator[Board]:
+def leaderboard(
+    entries: Sequence[Entry], settings: Settings, sets: Sequence[Sequence[int]] = ()
+) -> Iterator[Board]:
     """Yield the board of every task and group, tasks before the groups that hold them.
 
     A task without gold answers in some run has no row for that run.
+
+    Args:
+        entries: the runs.
+        settings: bins, resamples, seed, level.
+        sets: indices of the entries that are replicates of each other.
     """
     names = list(dict.fromkeys(name for e in entries for name in (*e.run.tasks, *e.run.groups)))
     groups = {name for e in entries for name in e.run.groups}
@@ -139,18 +156,23 @@ def leaderboard(entries: Sequence[Entry], settings: Settings) -> Iterator[Board]
         drawn = [row for i, entry in having for row in _draw(i, entry, name, settings)]
         if not drawn:
             continue
+        drawn += [row for number, of in enumerate(sets) for row in _draw_replicates(number, of, drawn)]
         leaves = having[0][1].run.leaves(name)
         top = any(name in e.run.top_level() for _, e in having)
         ensembles |= {(row.entry, name): row.drawn for row in drawn if row.kind in ("ensemble", "model")}
         sizes = [row.predictions.n_documents for row in drawn]
         comparable = all(same_documents(drawn[0].predictions, row.predictions) for row in drawn)
-        best = _best(drawn) if comparable and len(drawn) > 1 else {}
+        best = _best(drawn, sets, settings.level) if comparable and len(drawn) > 1 else {}
         rows = []
         for index, row in enumerate(drawn):
             sources = _sources(entries[row.entry], name)
             cells = {
                 metric: replace(
-                    make_cell(metric, row.drawn.estimate(metric), sizes[index], row.drawn, sources),
+                    _over_replicates(
+                        make_cell(metric, row.drawn.estimate(metric), sizes[index], row.drawn, sources),
+                        [part.value[metric] for part in row.parts],
+                        settings.level,
+                    ),
                     best=best.get(metric) == index,
                 )
                 for metric in COLUMNS
@@ -195,6 +217,40 @@ def _draw(index: int, entry: Entry, name: str, settings: Settings) -> list[_Draw
     ]
 
 
+def _draw_replicates(number: int, indices: Sequence[int], drawn: Sequence[_Drawn]) -> list[_Drawn]:
+    """Return the mean of a set's ensembles and that of their members, where all have them on the same documents."""
+    rows = []
+    for kind, of, words in (
+        ("replicates", ("ensemble", "model"), "replicates"),
+        ("members of replicates", ("mean member",), "replicates, their members"),
+    ):
+        found = [row for row in drawn if row.entry in indices and row.kind in of]
+        alike = all(same_documents(found[0].predictions, row.predictions) for row in found)
+        if len(found) == len(indices) and alike:
+            parts = tuple(row.drawn for row in found)
+            label = f"{found[0].label.removesuffix(': mean member')}: mean of {len(parts)} {words}"
+            rows.append(
+                _Drawn(found[0].entry, kind, label, mean_of(parts), found[0].predictions, parts, number)
+            )
+    return rows
+
+
+def _over_replicates(cell: Cell, values: Sequence[float], level: float) -> Cell:
+    """Give the cell of several replicates Student's interval over them."""
+    if not values:
+        return cell
+    low, high = student_interval(np.array(values), level)
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return replace(
+        cell,
+        low=low,
+        high=high,
+        standard_error=error,
+        interval="" if math.isnan(low) else "t",
+        replicates=len(values),
+    )
+
+
 def _gains(entries: Sequence[Entry], name: str, rows: Sequence[_Drawn]) -> dict[int, dict[str, Cell]]:
     """Return, for each run of several members, its ensemble minus its mean member."""
     kinds = {(row.entry, row.kind): row for row in rows}
@@ -219,26 +275,37 @@ def resamples_for(documents: int, asked: int) -> int:
     return min(asked, max(_FEWEST_RESAMPLES, _DRAWS // documents))
 
 
-def _best(rows: Sequence[_Drawn]) -> dict[str, int]:
+def _best(rows: Sequence[_Drawn], sets: Sequence[Sequence[int]], level: float) -> dict[str, int]:
     """Return the row that beats every other one, by metric, where there is one."""
+    replicated = {index for row in rows if row.parts for index in sets[row.replicate_set]}
+    # one replicate leads another by the luck of its seed: the mean of all stands for them
+    contenders = [i for i, row in enumerate(rows) if row.parts or row.entry not in replicated]
     found = {}
     for metric in COLUMNS:
         sign = {"higher": 1.0, "lower": -1.0, "": math.nan}[METRICS[metric].direction]
-        values = np.array([row.drawn.value[metric] for row in rows]) * sign
+        values = np.array([rows[i].drawn.value[metric] for i in contenders]) * sign
         if not np.isfinite(values).all():
             continue
-        first = int(np.argmax(values))
+        first = contenders[int(np.argmax(values))]
         # chosen on these very documents, so its lead is not one that other documents would show
         if rows[first].kind == "best member":
             continue
-        others = [row for i, row in enumerate(rows) if i != first]
-        if all(_excludes_zero(rows[first].drawn.minus(o.drawn).estimate(metric)) for o in others):
+        others = [rows[i] for i in contenders if i != first]
+        if all(_differs(rows[first], other, metric, level) for other in others):
             found[metric] = first
     return found
 
 
-def _excludes_zero(difference: Estimate) -> bool:
-    low, high, _ = difference.quoted
+def _differs(a: _Drawn, b: _Drawn, metric: str, level: float) -> bool:
+    """Whether the interval of a difference excludes 0: over replicates where both have some, else over documents."""
+    if not a.parts or not b.parts:
+        low, high, _ = a.drawn.minus(b.drawn).estimate(metric).quoted
+        return low > 0 or high < 0
+    first, second = (np.array([part.value[metric] for part in row.parts]) for row in (a, b))
+    if a.replicate_set == b.replicate_set:  # ensembles and their own members
+        low, high = student_interval(first - second, level)
+    else:
+        low, high = welch_interval(first, second, level)
     return low > 0 or high < 0
 
 

@@ -29,7 +29,8 @@ def to_markdown(title: str, boards: Sequence[Board], statements: Sequence[str]) 
             lines.append(f"|{escape(row.label)}|" + "|".join(shown) + "|")
         lines += ["", *(f"*{escape(note)}*" for note in board.notes), ""]
     lines.append(
-        "Intervals: bootstrap over documents. Bold: better than every other row, by a paired interval."
+        "Intervals: bootstrap over documents; of replicates, t over ensembles of other seeds. Bold: better than every "
+        "other row, by a paired interval, or by t where both rows have replicates."
     )
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)) + "\n"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from lm_eval_lora_ensemble.analysis.distribution import Distribution
@@ -28,6 +29,7 @@ class Options:
         settings: bins, resamples, seed, level.
         documents: about how many documents the page shows.
         figures: at most how many figures are drawn.
+        replicates: places of runs that differ in their seeds only, by set; others are found by provenance.
     """
 
     title: str = "How far can these probabilities be trusted?"
@@ -35,6 +37,7 @@ class Options:
     settings: Settings = field(default_factory=Settings)
     documents: int = 3000
     figures: int = 24
+    replicates: tuple[tuple[Path, ...], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -56,6 +56,7 @@ def render(report: Report, pictures: Sequence[Illustration], folder: Path, notes
         distribution=report.distribution.label,
         scales=_scales(report),
         lines=_lines(top),
+        replicated=any(row.kind == "replicates" for board in top for row in board.rows),
         entries=report.entries,
         settings=report.options.settings,
         pictures=[(picture, _data_uri(folder / f"{picture.name}.svg")) for picture in pictures],
@@ -118,9 +119,15 @@ def _cell(cell: Cell) -> dict[str, Any]:
         "display": cell.display,
         "interval": _interval(cell),
         "best": cell.best,
-        "title": f"n = {cell.n}; {cell.interval or 'no'} interval, {cell.resamples} resamples; "
+        "title": f"n = {cell.n}; {_how(cell)}; "
         f"from {', '.join(Path(s).name for s in cell.source[:3])}{' …' if len(cell.source) > 3 else ''}",
     }
+
+
+def _how(cell: Cell) -> str:
+    if cell.replicates:
+        return f"{cell.interval or 'no'} interval over {cell.replicates} replicates"
+    return f"{cell.interval or 'no'} interval, {cell.resamples} resamples"
 
 
 def _interval(cell: Cell) -> str:
