@@ -73,9 +73,10 @@ def run(arguments: argparse.Namespace) -> int:
         result = evaluate(one, ood=arguments.ood, calibrate=arguments.calibrate, settings=settings)
         shown = one.names() if arguments.all else one.top_level()
         _print_result(result, one.distribution, shown)
-        scales = {name: found for name in shown if name in one and (found := by_scale(one, name, settings))}
-        for name, found in scales.items():
-            _print_scales(name, found, ensemble=one.n_members > 1)
+        judged = {name: by_scale(one, name, settings) for name in shown if name in one}
+        scales = {name: of_task for name, of_task in judged.items() if of_task}
+        for name, of_task in scales.items():
+            _print_scales(name, of_task, ensemble=one.n_members > 1)
         output["runs"].append(
             {**result.to_dict(), "distribution": plain(one.distribution), "scales": plain(scales)}
         )
