@@ -266,7 +266,7 @@ def test_documents_of_an_older_cache_know_no_tokens(model, tmp_path, monkeypatch
 
     def older(requests, **kwargs):
         scores = stock(requests, **kwargs)
-        for value, _ in scores[:7]:
+        for value, _ in scores[-7:]:
             value.tokens = None
         return scores
 
@@ -274,6 +274,22 @@ def test_documents_of_an_older_cache_know_no_tokens(model, tmp_path, monkeypatch
     found = evaluate(model, ["t"], tmp_path, bootstrap_iters=0)
     known = ["tokens" in s["lengths"] for s in found["samples"]["t"]]
     assert any(known) and not all(known) and "nll_norm,none" in found["results"]["t"]
+
+
+def test_a_task_without_a_scale_has_one_again_under_another(run, tmp_path):
+    for task in ("long_a", "long_b"):
+        file = Path(run.files[task])
+        lines = [json.loads(line) for line in file.open()]
+        kept = [{k: v for k, v in line.items() if task == "long_b" or k != "lengths"} for line in lines]
+        (tmp_path / file.name).write_text("".join(json.dumps(line) + "\n" for line in kept))
+    for results in Path(run.files["long_a"]).parent.glob("results_*.json"):
+        (tmp_path / results.name).write_text(results.read_text())
+    (both,) = load_runs(tmp_path)
+    tokens = both.under(Distribution("tokens"))
+    assert list(tokens.tasks) == ["long_b"] and "tokens" in tokens.skipped["long_a"] and not tokens.groups
+    again = tokens.under(CROSSFITTED)
+    assert list(again.tasks) == ["long_a", "long_b"] and again.groups == {"long": ("long_a", "long_b")}
+    assert again.skipped == both.skipped
 
 
 def test_four_documents_are_a_stated_nan(model, folder, caplog):
