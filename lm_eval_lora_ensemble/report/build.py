@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_lora_ensemble.analysis.domains import detect_all
-from lm_eval_lora_ensemble.analysis.replicates import replicate_sets
+from lm_eval_lora_ensemble.analysis.replicates import replicate_sets, sharing_members
 from lm_eval_lora_ensemble.analysis.runs import Run
 from lm_eval_lora_ensemble.disk import write_folder
 from lm_eval_lora_ensemble.errors import EnsembleError, one_line
@@ -69,6 +69,7 @@ def make_report(
             *dict.fromkeys(note for board in boards for note in board.notes),
             *(note for one in series for note in one.notes),
             *_left_out(entries),
+            *map(one_line, sharing_members([entry.run for entry in entries])),
         ],
     )
 
