@@ -143,6 +143,17 @@ def test_provenance_tells_replicates_from_others(place, tmp_path):
     assert rest == found
 
 
+def test_runs_that_share_members_are_named_and_no_replicates(tmp_path, capsys):
+    for seed in (0, 1):
+        write_run(tmp_path / f"run_{seed}", {"one": 60}, seed=seed, config=trained(seed))
+    assert replicate_sets(load_runs(tmp_path)) == []
+    assert cli.main(["analyse", str(tmp_path), "--resamples", "20"]) == 0
+    assert "share 4 members" in capsys.readouterr().out
+    report = make_report(load_runs(tmp_path), Options(settings=QUICK))
+    assert any("share 4 members" in note for note in report.notes)
+    assert not any(row.kind == "replicates" for row in report.boards[0].rows)
+
+
 def test_named_replicates_that_are_none_are_refused(place, tmp_path):
     write_run(tmp_path / "shares", {"one": 60}, seed=31, config=trained(31, first=22))
     runs = load_runs(tmp_path)

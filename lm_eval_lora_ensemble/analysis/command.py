@@ -19,7 +19,13 @@ from lm_eval_lora_ensemble.analysis.arguments import (
 from lm_eval_lora_ensemble.analysis.comparison import Comparison, compare
 from lm_eval_lora_ensemble.analysis.distribution import Distribution
 from lm_eval_lora_ensemble.analysis.evaluation import evaluate
-from lm_eval_lora_ensemble.analysis.replicates import Replicated, Spread, evaluate_replicates, replicate_sets
+from lm_eval_lora_ensemble.analysis.replicates import (
+    Replicated,
+    Spread,
+    evaluate_replicates,
+    replicate_sets,
+    sharing_members,
+)
 from lm_eval_lora_ensemble.analysis.result import TaskResult, UncertaintyResult, plain
 from lm_eval_lora_ensemble.analysis.runs import Run
 from lm_eval_lora_ensemble.analysis.scales import METRICS_BY_SCALE, ScaleResult, by_scale
@@ -86,6 +92,8 @@ def run(arguments: argparse.Namespace) -> int:
         output["comparisons"].append(
             {"run": other.source, "baseline": runs[0].source, "tasks": plain(compared)}
         )
+    for note in sharing_members(runs):
+        print(note)
     for found in replicate_sets(runs, arguments.replicates):
         of_set = [runs[index] for index in found]
         evaluated = evaluate_replicates(of_set, settings)

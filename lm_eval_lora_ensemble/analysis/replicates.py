@@ -103,6 +103,21 @@ def replicate_sets(runs: Sequence[Run], named: Sequence[Sequence[Path]] = ()) ->
     return sets + [found for found in alike.values() if len(found) > 1]
 
 
+def sharing_members(runs: Sequence[Run]) -> list[str]:
+    """Return a sentence for every two runs that would be replicates, had they not some members in common."""
+    said = []
+    for index, one in enumerate(runs):
+        for other in runs[:index]:
+            alike = _but_for_seeds(one) is not None and _but_for_seeds(one) == _but_for_seeds(other)
+            shared = _members(one) & _members(other)
+            if alike and shared and shared != _members(one):
+                said.append(
+                    f"{other.source} and {one.source} differ in their seeds and share {len(shared)} members: they are "
+                    "not taken for replicates; train with seeds further apart than the number of members"
+                )
+    return said
+
+
 def evaluate_replicates(runs: Sequence[Run], settings: Settings | None = None) -> dict[str, Replicated]:
     """Compute every metric over replicates, for each task and group that all of them have with gold answers.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_lora_ensemble.analysis.domains import detect_all
-from lm_eval_lora_ensemble.analysis.replicates import replicate_sets
+from lm_eval_lora_ensemble.analysis.replicates import replicate_sets, sharing_members
 from lm_eval_lora_ensemble.analysis.runs import Run
 from lm_eval_lora_ensemble.analysis.scales import ScaleResult, by_scale
 from lm_eval_lora_ensemble.disk import write_folder
@@ -70,6 +70,7 @@ def make_report(
             *dict.fromkeys(note for board in boards for note in board.notes),
             *(note for one in series for note in one.notes),
             *_left_out(entries),
+            *map(one_line, sharing_members([entry.run for entry in entries])),
         ],
         scales=_scales(entries, options),
     )
