@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -249,14 +250,14 @@ def test_two_processes_give_the_same_twins(found, ensemble, folder, tmp_path):
             assert value == pytest.approx(battery[metric][0], abs=1e-9)
 
 
-def test_an_empty_choice_in_the_table_is_named_with_the_way_out(model, tmp_path):
+def test_an_empty_choice_is_named_and_costs_the_twins_alone(model, tmp_path, caplog):
+    """Hours of scoring may be behind the moment at which it shows."""
     rows = drawn(8, 5)
     rows[2]["choices"][1] = ""
     write(tmp_path, "t", rows)
-    with pytest.raises(
-        EnsembleError, match=r"task t: choice 1 of document 2 of t is empty.*normalise: false"
-    ):
-        evaluate(model, ["t"], tmp_path, bootstrap_iters=0)
+    found = evaluate(model, ["t"], tmp_path, bootstrap_iters=0)["results"]["t"]
+    assert re.search(r"task t: .* NaN: choice 1 of document 2 of t is empty", caplog.text)
+    assert np.isnan(found["nll_norm,none"]) and np.isfinite(found["nll,none"])
 
 
 def test_documents_of_an_older_cache_know_no_tokens(model, tmp_path, monkeypatch):

@@ -121,10 +121,9 @@ def _normalised(task: Any, state: UncertaintyState) -> tuple[Predictions | None,
             return scores.predictions("chars", state.scale), np.full(scores.n_documents, state.scale)
         fitted = crossfit(scores.per_unit("chars"), scores.folds)
     except EnsembleError as error:
-        raise EnsembleError(
-            f"task {task.config.task}: {error}; mend the choice, set uncertainty: {{normalise: false}} in the task's "
-            "YAML, or run with uncertainty_metrics=False"
-        ) from error
+        # not raised: hours of scoring are behind this moment, and every other number of the table stands
+        logger.warning("task %s: its %s metrics are NaN: %s", task.config.task, TWIN, error)
+        return None, none
     if fitted.undefined:
         logger.warning("task %s: its %s metrics are NaN: %s", task.config.task, TWIN, fitted.undefined)
         return None, none
