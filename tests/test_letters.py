@@ -15,10 +15,10 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from test_tasks import BAYESIAN_LORA, LETTERS, MEANS, STOCK_TASKS
 
 from lm_eval_lora_ensemble.disk import tasks_folder
+from lm_eval_lora_ensemble.harness import rendering
 from lm_eval_lora_ensemble.harness.model import LoraEnsembleLM
 from lm_eval_lora_ensemble.harness.tasks import UncertaintyTask
 from lm_eval_lora_ensemble.tasks.paper import letters
-from lm_eval_lora_ensemble.train import examples
 from lm_eval_lora_ensemble.train.recipe import Recipe
 
 STOCK_YAML = {
@@ -309,9 +309,9 @@ def test_real_splits(manager, real_rows, name, train, validation, test):
 @pytest.mark.parametrize("name", LETTERS)
 def test_members_can_train_on_them(own_rows, monkeypatch, name):
     monkeypatch.setattr(
-        examples, "_task_manager", lambda path: TaskManager(include_path=path, include_defaults=False)
+        rendering, "_task_manager", lambda path: TaskManager(include_path=path, include_defaults=False)
     )
-    task = examples.load_tasks([name], str(tasks_folder()))[name]
+    task = rendering.load_tasks([name], str(tasks_folder()))[name]
     assert task.has_training_docs()
     assert task.has_validation_docs()
 

@@ -17,12 +17,10 @@ from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.metrics.arrays import BoolArray, FloatArray, as_is_gold
 from lm_eval_lora_ensemble.metrics.choices import log_choice_probabilities
 from lm_eval_lora_ensemble.metrics.predictions import Predictions
+from lm_eval_lora_ensemble.metrics.temperature import FittedTemperature, fit_temperature_of_mixture
 
 Order = Literal["pool_then_calibrate", "calibrate_then_pool", "shared_then_pool"]
 ORDERS: tuple[Order, ...] = get_args(Order)
-
-TEMPERATURE_RANGE = (0.01, 100.0)
-"""Where a temperature is sought: beyond it answers are certain, or chance, to all practical purposes."""
 
 
 @dataclass(frozen=True)
@@ -61,18 +59,6 @@ class VectorScaling:
         return log_choice_probabilities(log_p * self.slope + self.offset)
 
 
-def _search(loss: Callable[[float], float]) -> TemperatureScaling:
-    """Find the temperature of least loss, which is smooth and unimodal in log T but may have no minimum."""
-    low, high = np.log(TEMPERATURE_RANGE)
-    found = optimize.minimize_scalar(
-        lambda t: loss(float(np.exp(t))), bounds=(low, high), method="bounded", options={"xatol": 1e-8}
-    )
-    for limit in TEMPERATURE_RANGE:
-        if loss(limit) <= found.fun + 1e-9:
-            return TemperatureScaling(limit, at_limit=True)
-    return TemperatureScaling(float(np.exp(found.x)))
-
-
 def _log_gold_mass(log_p: FloatArray, is_gold: BoolArray) -> FloatArray:
     """Return (…, D) log P_G of (…, D, C) log-probabilities."""
     with np.errstate(divide="ignore"):
@@ -101,7 +87,7 @@ def fit_temperature(log_p: FloatArray, gold: npt.ArrayLike) -> TemperatureScalin
         gold: (D,) index of the right choice, or (D, C) booleans where several may be.
 
     Returns:
-        T within :data:`TEMPERATURE_RANGE`; see :attr:`TemperatureScaling.at_limit`.
+        T within ``temperature.TEMPERATURE_RANGE``; see :attr:`TemperatureScaling.at_limit`.
 
     Raises:
         EnsembleError: a gold answer of probability 0.
@@ -114,8 +100,7 @@ def fit_temperature(log_p: FloatArray, gold: npt.ArrayLike) -> TemperatureScalin
         >>> round(scaling.temperature, 3), np.exp(scaling(log_p[0])).round(3).tolist()  # ln 9 / ln 3
         (2.0, [0.75, 0.25])
     """
-    is_gold = _checked(log_p, gold)
-    return _search(lambda t: float(-_log_gold_mass(TemperatureScaling(t)(log_p), is_gold).mean()))
+    return _scaling(fit_temperature_of_mixture(log_p[None], _checked(log_p, gold)))
 
 
 def fit_shared_temperature(log_p: FloatArray, gold: npt.ArrayLike) -> TemperatureScaling:
@@ -126,7 +111,7 @@ def fit_shared_temperature(log_p: FloatArray, gold: npt.ArrayLike) -> Temperatur
         gold: (D,) index of the right choice, or (D, C) booleans where several may be.
 
     Returns:
-        T within :data:`TEMPERATURE_RANGE`; see :attr:`TemperatureScaling.at_limit`.
+        T within ``temperature.TEMPERATURE_RANGE``; see :attr:`TemperatureScaling.at_limit`.
 
     Raises:
         EnsembleError: a gold answer to which every member gives probability 0.
@@ -138,13 +123,11 @@ def fit_shared_temperature(log_p: FloatArray, gold: npt.ArrayLike) -> Temperatur
         >>> round(metrics.fit_shared_temperature(log_p, gold).temperature, 3)  # ln 9 / ln 3
         2.0
     """
-    is_gold, n = _checked(log_p.max(axis=0), gold), len(log_p)
+    return _scaling(fit_temperature_of_mixture(log_p, _checked(log_p.max(axis=0), gold)))
 
-    def loss(t: float) -> float:
-        mass = _log_gold_mass(TemperatureScaling(t)(log_p), is_gold)
-        return float(np.log(n) - special.logsumexp(mass, axis=0).mean())
 
-    return _search(loss)
+def _scaling(fitted: FittedTemperature) -> TemperatureScaling:
+    return TemperatureScaling(fitted.temperature, fitted.at_limit)
 
 
 def fit_vector(log_p: FloatArray, gold: npt.ArrayLike) -> VectorScaling:
