@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from lm_eval.models.huggingface import HFLM
 from test_model import PAIRS, instances
 
@@ -101,6 +102,12 @@ def test_loglikelihoods_are_those_of_hf(llama, ensemble):
         theirs = HFLM(pretrained=str(llama), peft=str(ensemble / name), device="cpu")
         expected = [value for value, _ in theirs.loglikelihood(instances(PAIRS), disable_tqdm=True)]
         np.testing.assert_allclose(scores[i], expected, atol=1e-4)
+
+
+def test_a_device_is_found_where_none_is_named(llama, ensemble):
+    loaded = load_ensemble(str(llama), ensemble)
+    assert loaded.model.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert np.isfinite(loaded.loglikelihoods(["The sky is"], [" blue"])).all()
 
 
 def test_nothing_asked_is_nothing_answered_and_a_wrong_length_is_an_error(ensemble):

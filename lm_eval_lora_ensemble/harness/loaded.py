@@ -73,8 +73,8 @@ def load_ensemble(
         base: the base model, a Hub id or a folder; None reads it from the adapters.
         adapters: an ensemble folder, a folder of adapters, one adapter, a Hub id, or a list of the last two; None
             takes ``./ensemble``.
-        **model_args: whatever ``lm_eval --model_args`` takes: ``members``, ``epoch``, ``dtype``, ``device``,
-            ``batch_size`` …
+        **model_args: whatever ``lm_eval --model_args`` takes: ``members``, ``epoch``, ``dtype``, ``device``
+            (CUDA where there is any), ``batch_size`` …
 
     Raises:
         EnsembleError: the members cannot be found or do not fit together, or an argument is wrong.
@@ -85,6 +85,8 @@ def load_ensemble(
         ('member_00', 'member_01')
     """
     chosen = adapters if adapters is None or isinstance(adapters, str) else _as_text(adapters)
+    # lm-eval's command's default, which falls back to the CPU; HFLM's own, "cuda", does not
+    model_args.setdefault("device", "cuda:0")
     return LoadedEnsemble(LoraEnsembleLM(pretrained=base, adapters=chosen, **model_args))
 
 
