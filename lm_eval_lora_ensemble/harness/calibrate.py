@@ -14,6 +14,7 @@ from lm_eval_lora_ensemble.ensemble.calibration import SPLITS, Calibration, fit_
 from lm_eval_lora_ensemble.ensemble.listing import manifest_of, require_listable
 from lm_eval_lora_ensemble.ensemble.manifest import FILE_NAME
 from lm_eval_lora_ensemble.errors import EnsembleError
+from lm_eval_lora_ensemble.harness.arguments import add_scoring_arguments, parse_model_args
 from lm_eval_lora_ensemble.harness.rendering import (
     RenderedDocument,
     Split,
@@ -23,7 +24,6 @@ from lm_eval_lora_ensemble.harness.rendering import (
     split_documents,
 )
 
-_DEVICE = "cuda:0"  # lm-eval's own default; without such a device its model takes the one there is
 _OF_THE_WHOLE = ("adapters", "members", "epoch", "average")
 
 
@@ -35,13 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--split", default="validation", help="validation or training (default: %(default)s); never test"
     )
     parser.add_argument("--limit", type=int, help="only the first so many documents of each task")
-    parser.add_argument("--num_fewshot", type=int, help="examples in the context (default: the task's own)")
-    parser.add_argument("--model_args", default="", metavar="K=V,…", help="further arguments, as lm_eval's")
-    parser.add_argument("--batch_size", default="auto", help="as lm_eval's (default: auto)")
-    parser.add_argument(
-        "--device", default=_DEVICE, help="as lm_eval's (default: %(default)s if there is one)"
-    )
-    parser.add_argument("--include_path", help="a folder of further task YAMLs")
+    add_scoring_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -84,9 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _model_args(text: str) -> dict[str, Any]:
-    from lm_eval.utils import simple_parse_args_string
-
-    given: dict[str, Any] = dict(simple_parse_args_string(text)) if text else {}
+    given = parse_model_args(text)
     for name in _OF_THE_WHOLE:
         if name in given:
             raise EnsembleError(

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from lm_eval.api.instance import Instance
 
+from lm_eval_lora_ensemble.harness.arguments import DEVICE
 from lm_eval_lora_ensemble.harness.model import LoraEnsembleLM
 
 
@@ -85,8 +86,7 @@ def load_ensemble(
         ('member_00', 'member_01')
     """
     chosen = adapters if adapters is None or isinstance(adapters, str) else _as_text(adapters)
-    # lm-eval's command's default, which falls back to the CPU; HFLM's own, "cuda", does not
-    model_args.setdefault("device", "cuda:0")
+    model_args.setdefault("device", DEVICE)
     return LoadedEnsemble(LoraEnsembleLM(pretrained=base, adapters=chosen, **model_args))
 
 

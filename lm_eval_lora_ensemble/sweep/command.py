@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import Any
 
 from lm_eval_lora_ensemble.errors import EnsembleError, Interrupted
-from lm_eval_lora_ensemble.sweep.plan import DEVICE, SweepPlan
+from lm_eval_lora_ensemble.harness.arguments import add_scoring_arguments, parse_model_args
+from lm_eval_lora_ensemble.sweep.plan import SweepPlan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,14 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--members", type=int, help="use only the first so many members")
     parser.add_argument("--output", type=Path, default=Path("sweep"), help="folder to write (default: sweep)")
-    parser.add_argument("--num_fewshot", type=int, help="examples in the context (default: the task's own)")
     parser.add_argument("--limit", type=float, help="only so many documents (or this share) of each task")
-    parser.add_argument("--model_args", default="", metavar="K=V,…", help="further arguments, as lm_eval's")
-    parser.add_argument("--batch_size", default="auto", help="as lm_eval's (default: auto)")
-    parser.add_argument(
-        "--device", default=DEVICE, help="as lm_eval's (default: %(default)s if there is one)"
-    )
-    parser.add_argument("--include_path", help="a folder of further task YAMLs")
+    add_scoring_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -50,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
         members=arguments.members,
         num_fewshot=arguments.num_fewshot,
         limit=arguments.limit,
-        model_args=_model_args(arguments.model_args),
+        model_args=parse_model_args(arguments.model_args),
     )
     ensembles = plan.ensembles(arguments.epochs)
 
@@ -86,9 +80,3 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-
-
-def _model_args(text: str) -> dict[str, Any]:
-    from lm_eval.utils import simple_parse_args_string
-
-    return dict(simple_parse_args_string(text)) if text else {}

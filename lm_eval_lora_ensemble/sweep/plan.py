@@ -15,9 +15,6 @@ from lm_eval_lora_ensemble.errors import EnsembleError
 
 FILE_NAME = "sweep.json"
 
-DEVICE = "cuda:0"
-"""The default of lm-eval's own command; without such a device it takes the one there is."""
-
 
 @dataclass(frozen=True)
 class SweepPlan:

@@ -15,9 +15,10 @@ from lm_eval.tasks import TaskManager
 from lm_eval_lora_ensemble.disk import IN_PROGRESS
 from lm_eval_lora_ensemble.ensemble.members import Ensemble
 from lm_eval_lora_ensemble.errors import EnsembleError
+from lm_eval_lora_ensemble.harness.arguments import DEVICE
 from lm_eval_lora_ensemble.harness.model import LoraEnsembleLM
 from lm_eval_lora_ensemble.harness.plugin import MODEL_NAME
-from lm_eval_lora_ensemble.sweep.plan import DEVICE, SweepPlan
+from lm_eval_lora_ensemble.sweep.plan import SweepPlan
 
 
 def sweep(
