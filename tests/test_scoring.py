@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 
@@ -14,15 +15,18 @@ from hypothesis import strategies as st
 from lm_eval.models.huggingface import HFLM
 
 from lm_eval_lora_ensemble.harness.model import LoraEnsembleLM
-from lm_eval_lora_ensemble.scoring import plan as planning
+from lm_eval_lora_ensemble.scoring.attention import SegmentAttention
+from lm_eval_lora_ensemble.scoring.forward import PackedModel
 from lm_eval_lora_ensemble.scoring.packed import PackedScorer, Work
+from lm_eval_lora_ensemble.scoring.passes import Passes, all_passes
 from lm_eval_lora_ensemble.scoring.plain import score_plain
-from lm_eval_lora_ensemble.scoring.plan import make_plan
+from lm_eval_lora_ensemble.scoring.tuning import Tuning
 from lm_eval_lora_ensemble.tree.requests import TokenRequest, truncate
 from lm_eval_lora_ensemble.tree.rows import lay_out
+from lm_eval_lora_ensemble.tree.segments import Sizes
 from lm_eval_lora_ensemble.tree.trie import PrefixTrie, common_prefix
 
-SMALL_TREES = {"max_tree_tokens": 12, "min_stem_tokens": 3}
+SMALL = Tuning(tokens=64, masked_tokens=64, logits=4096, sizes=Sizes(square=4, whole=6, block=3, carried=2))
 
 tokens = st.integers(0, 5)  # few distinct tokens: many shared prefixes
 sequence = st.lists(tokens, min_size=2, max_size=24)
@@ -60,13 +64,23 @@ def plain(model: LoraEnsembleLM, requests: list[TokenRequest]) -> dict:
         )
 
 
-def packed(model: LoraEnsembleLM, requests: list[TokenRequest], budget: int = 64, **options: int) -> dict:
+def packed_model(model: LoraEnsembleLM, tuning: Tuning = SMALL, attention: str = "segments") -> PackedModel:
+    assert isinstance(model._packed_model(2), PackedModel), "the trial failed"
+    return PackedModel(model.model, tuning, model._packed["segments"].shared_layers, attention)
+
+
+def packed(
+    model: LoraEnsembleLM,
+    requests: list[TokenRequest],
+    budget: int = 64,
+    tuning: Tuning = SMALL,
+    attention: str = "segments",
+) -> dict:
     scorer = PackedScorer(
-        model._packed_model,
+        packed_model(model, tuning, attention),
         model._activate,
         n_members=model.n_members,
         token_budget=budget,
-        plan_options=options,
     )
     with torch.inference_mode():
         found = list(scorer.score(requests))
@@ -82,28 +96,45 @@ def assert_same(one: dict, other: dict) -> None:
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(requests=request_lists(), budget=st.sampled_from([1, 16, 200]), small=st.booleans())
-def test_random_tries_score_as_the_plain_path(model, requests, budget, small):
-    options = SMALL_TREES if small else {}
-    assert_same(packed(model, requests, budget, **options), plain(model, requests))
+@given(
+    requests=request_lists(),
+    budget=st.sampled_from([1, 16, 200]),
+    sizes=st.builds(Sizes, *[st.integers(1, 12)] * 4),
+    attention=st.sampled_from(["segments", "masked"]),
+)
+def test_random_tries_score_as_the_plain_path(model, requests, budget, sizes, attention):
+    tuning = dataclasses.replace(SMALL, sizes=sizes)
+    assert_same(packed(model, requests, budget, tuning, attention), plain(model, requests))
 
 
 @settings(max_examples=100, deadline=None)
-@given(requests=request_lists(), small=st.booleans())
-def test_every_sequence_is_in_exactly_one_row(requests, small):
+@given(requests=request_lists(), budget=st.sampled_from([1, 12, 60]))
+def test_every_sequence_is_in_exactly_one_pass(requests, budget):
     trie = PrefixTrie(requests)
-    stack, seen = [make_plan(trie, **(SMALL_TREES if small else {}))], []
-    while stack:
-        stem = stack.pop()
-        stack.extend(stem.children)
-        for subtree in stem.subtrees:
-            row = lay_out(trie, subtree.start, subtree.stop, subtree.depth)
-            assert len(row) == subtree.length
-            for i, path in row.paths.items():
-                seen.append(i)
-                assert tuple(row.tokens[path]) == trie.sequences[i][subtree.depth :]
-                assert row.positions[path].tolist() == list(range(subtree.depth, trie.lengths[i]))
-    assert sorted(seen) == list(range(len(trie.sequences)))
+    passes = Passes(trie, requests)
+    seen, computed = [], 0
+    for one in all_passes(passes, budget):
+        row = lay_out(trie, one.start, one.stop)
+        computed += passes.size(one)
+        assert len(row) == one.prefix + passes.size(one)
+        assert passes.size(one) <= max(budget, *trie.lengths) or one.stop == one.start + 1
+        # what is kept is a prefix of the sequence before, and holds no position that is asked for
+        assert one.prefix <= trie.shared[one.start]
+        for i, path in row.paths.items():
+            seen.append(i)
+            assert tuple(row.tokens[path]) == trie.sequences[i]
+            assert row.positions[path].tolist() == list(range(trie.lengths[i]))
+            for index in trie.requests_of[i]:
+                assert path[len(path) - len(requests[index].targets)] >= one.prefix
+    assert seen == list(range(len(trie.sequences)))
+    assert computed >= trie.n_positions
+
+
+@given(requests=request_lists())
+def test_one_pass_computes_each_position_once(requests):
+    trie = PrefixTrie(requests)
+    passes = Passes(trie, requests)
+    assert [passes.size(one) for one in all_passes(passes, 10**6)] == [trie.n_positions]
 
 
 @given(requests=request_lists())
@@ -132,18 +163,13 @@ def few_shot_requests(n: int = 12) -> list[TokenRequest]:
 
 def test_shared_prefixes_are_computed_once(model, monkeypatch):
     requests = few_shot_requests()
-    scorer = PackedScorer(
-        model._packed_model,
-        model._activate,
-        n_members=3,
-        token_budget=512,
-        plan_options={"max_tree_tokens": 64},
-    )
+    scorer = PackedScorer(packed_model(model), model._activate, n_members=3, token_budget=80)
     with torch.inference_mode():
         found = dict(scorer.score(requests))
     assert_same(found, plain(model, requests))
     naive = sum(len(request.tokens) for request in requests)
-    assert scorer.work.n_computed <= 1.1 * scorer.work.n_positions < 0.3 * naive
+    assert scorer.work.n_passes > 3
+    assert scorer.work.n_computed <= 1.02 * scorer.work.n_positions < 0.3 * naive
 
 
 def test_order_and_pack_size_do_not_matter(model):
@@ -179,10 +205,9 @@ def test_member_order_only_permutes(model, llama, tmp_path):
 def test_every_kind_of_lora(llama, tmp_path, lora):
     adapters = random_adapters(llama, tmp_path, 2, spread=0.1, **lora)
     model = LoraEnsembleLM(adapters=str(adapters), device="cpu")
-    assert model._packed_trial is None
-    assert model._packed_model.shared_layers == (2 if "layers_to_transform" in lora else 0)
+    assert packed_model(model).shared_layers == (2 if "layers_to_transform" in lora else 0)
     requests = few_shot_requests(3)
-    assert_same(packed(model, requests, max_tree_tokens=64), plain(model, requests))
+    assert_same(packed(model, requests), plain(model, requests))
 
 
 def test_greedy_that_no_member_alone_decides(model):
@@ -212,32 +237,42 @@ def run(model: LoraEnsembleLM, requests: list[TokenRequest]) -> list:
 def test_out_of_memory_halves_the_budget(model, monkeypatch, caplog):
     requests = few_shot_requests(40)
     expected = run(model, requests)
-    original = model._packed_model._run
+    used = model._packed_model(200)
+    original = used._run
 
-    def fails_above_100_tokens(batch, *args, **kwargs):
-        if batch.rows.input_ids.shape[0] > 1 and batch.n_computed > 100:
+    def fails_above_150_tokens(stream, *args):
+        if stream.input_ids.numel() > 150:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(batch, *args, **kwargs)
+        return original(stream, *args)
 
-    monkeypatch.setattr(model._packed_model, "_run", fails_above_100_tokens)
+    monkeypatch.setattr(used, "_run", fails_above_150_tokens)
     with caplog.at_level(logging.WARNING):
         found = run(model, requests)
     np.testing.assert_allclose([v for v, _ in found], [v for v, _ in expected], atol=1e-4)
     assert "out of memory: continuing with at most" in caplog.text
 
 
-def test_a_sliding_window_in_reach_takes_the_plain_path(tmp_path, caplog):
+@pytest.mark.parametrize("told", [True, False], ids=["told", "not-told"])
+def test_a_sliding_window_inside_the_sequences(tmp_path, caplog, monkeypatch, told):
+    """By segments where the model tells its attention of the window; else request by request, as `hf`."""
     base = tiny_model(tmp_path / "tiny-mistral", "mistral", sliding_window=32)
     adapters = random_adapters(base, tmp_path / "e", 2)
     model = LoraEnsembleLM(adapters=str(adapters), device="cpu", batch_size=4)
     short, long = few_shot_requests(1)[:1], few_shot_requests(2)
+    if not told:
+        attend = SegmentAttention.__call__
+
+        def without_window(self, *args, sliding_window=None, **kwargs):
+            return attend(self, *args, **kwargs)
+
+        monkeypatch.setattr(SegmentAttention, "__call__", without_window)
     with caplog.at_level(logging.WARNING):
         run(model, [TokenRequest(short[0].tokens[:20], short[0].targets)])
         assert model.work.n_computed and "request by request" not in caplog.text
         model.work = Work()
         found = run(model, long)
-        assert "beyond the sliding window of 32" in caplog.text
-    assert not model.work.n_computed  # no packed pass ran
+        assert ("request by request" in caplog.text) != told
+    assert bool(model.work.n_computed) == told
     for member in range(2):
         theirs = HFLM(pretrained=str(base), peft=str(adapters / f"member_{member:02d}"), device="cpu")
         expected = [value for value, _ in theirs._loglikelihood_tokens(encoded(long), disable_tqdm=True)]
@@ -291,13 +326,12 @@ def test_bfloat16_is_no_further_from_float32_than_hf_is(architecture, request, t
     assert abs(errors.mean()) < 1.1 * np.sqrt(np.mean(errors_of_hf**2))
 
 
-def test_plan_constants_only_steer(model, monkeypatch):
+@pytest.mark.parametrize("size", [1, 10**9])
+def test_tuning_only_steers(model, size):
+    """A logit at a time and all of them, a token a piece and a row a piece."""
     requests = few_shot_requests(4)
-    expected = packed(model, requests)
-    monkeypatch.setattr(planning, "LINEAR", 1)
-    assert_same(packed(model, requests), expected)
-    monkeypatch.setattr(planning, "LINEAR", 10**9)
-    assert_same(packed(model, requests), expected)
+    absurd = Tuning(tokens=size, masked_tokens=size, logits=size, sizes=Sizes(size, size, size, size))
+    assert_same(packed(model, requests, size, absurd), packed(model, requests))
 
 
 @pytest.mark.parametrize(("context", "continuation"), [([], [1]), ([1], []), ([1], [1] * 9)])

@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import CONFIGS, VOCABULARY, WAYS, compute_in_float64, tiny, with_adapters
 
+from lm_eval_lora_ensemble.scoring.attention import UnknownAttentionError
 from lm_eval_lora_ensemble.scoring.forward import PackedModel, shared_layers
 from lm_eval_lora_ensemble.scoring.packed import PackedScorer
+from lm_eval_lora_ensemble.scoring.tuning import Tuning
 from lm_eval_lora_ensemble.train import tree as training_tree
 from lm_eval_lora_ensemble.train.base import Base
 from lm_eval_lora_ensemble.train.examples import Choice, Example
@@ -18,7 +20,8 @@ from lm_eval_lora_ensemble.train.layout import Layout
 from lm_eval_lora_ensemble.train.objective import ScoredHead, document_losses, loglikelihoods
 from lm_eval_lora_ensemble.tree.requests import TokenRequest, truncate
 from lm_eval_lora_ensemble.tree.rows import RowBatch, chain, interval_mask, lay_out
-from lm_eval_lora_ensemble.tree.support import why_no_tree
+from lm_eval_lora_ensemble.tree.segments import Sizes
+from lm_eval_lora_ensemble.tree.support import why_no_segments, why_no_tree
 from lm_eval_lora_ensemble.tree.trial import in_float32, trial_error
 from lm_eval_lora_ensemble.tree.trie import PrefixTrie
 
@@ -156,14 +159,16 @@ def requests(n: int = 6) -> list[TokenRequest]:
     return found
 
 
-def score(model, asked: list[TokenRequest], shared: int, **options: int) -> np.ndarray:
+TUNING = Tuning(tokens=64, masked_tokens=64, logits=4096, sizes=Sizes(square=5, whole=8, block=6, carried=3))
+
+
+def score(model, asked: list[TokenRequest], shared: int, attention: str, budget: int = 40) -> np.ndarray:
     names = list(model.peft_config)
     scorer = PackedScorer(
-        PackedModel(model, shared),
+        PackedModel(model, TUNING, shared, attention),
         lambda member: model.set_adapter(names[member]),
         n_members=len(names),
-        token_budget=200,
-        plan_options=options or {"max_tree_tokens": 30, "min_stem_tokens": 4},
+        token_budget=budget,
     )
     with torch.inference_mode():
         scores = dict(scorer.score(asked))
@@ -192,16 +197,35 @@ def test_scores_are_those_of_plain_sequences(architecture, attention, layers):
     model = with_adapters(tiny(architecture, attention), 2, **lora)
     shared = shared_layers(model)
     assert shared == (0 if layers is None else layers[0])
-    assert why_no_tree(model, 30) is None
+    assert why_no_tree(model, 30) is None and why_no_segments(model, 30) is None
     asked = requests()
-    np.testing.assert_allclose(score(model, asked, shared), plain_scores(model, asked), atol=1e-4)
+    expected = plain_scores(model, asked)
+    np.testing.assert_allclose(score(model, asked, shared, "masked"), expected, atol=1e-4)
+    if architecture == "gemma2":
+        with pytest.raises(UnknownAttentionError, match="softcap"):
+            score(model, asked, shared, "segments")
+    else:
+        np.testing.assert_allclose(score(model, asked, shared, "segments"), expected, atol=1e-4)
     # nothing of the model is left changed
     np.testing.assert_allclose(plain_scores(model, asked), plain_scores(model, asked), atol=0)
     assert not any("forward" in vars(layer) for layer in model.get_base_model().get_decoder().layers)
 
 
+@pytest.mark.parametrize("architecture", ["mistral", "gemma3"])
+@pytest.mark.parametrize("window", [3, 9, 17, 25])
+def test_segments_keep_a_window_inside_the_row(architecture, window):
+    """Beside full layers in one model, as in Gemma 3, and across passes on a kept prefix."""
+    model = with_adapters(tiny(architecture, "sdpa", sliding_window=window), 2)
+    asked = requests()
+    assert max(len(one.tokens) for one in asked) > window
+    for budget in (12, 40, 1000):
+        np.testing.assert_allclose(
+            score(model, asked, 0, "segments", budget), plain_scores(model, asked), atol=1e-4
+        )
+
+
 @pytest.mark.parametrize("architecture", CONFIGS)
-def test_sequences_beyond_the_window_are_refused(architecture):
+def test_masks_refuse_sequences_beyond_the_window(architecture):
     model = tiny(architecture)
     window = getattr(model.config, "sliding_window", None)
     assert why_no_tree(model, 64) is None
@@ -214,16 +238,16 @@ def test_sequences_beyond_the_window_are_refused(architecture):
 
 def trial(model, tree_scale: float = 1.0, tree_shift: int = 0) -> float | None:
     """Run the trial of a model whose rows are computed as they are, scaled, or from the wrong positions."""
-    packed = PackedModel(model)
-    scorer = PackedScorer(packed, lambda _: None, n_members=1, token_budget=64)
-    head = packed.log_probs
-    packed.log_probs = lambda hidden: (head(hidden) * tree_scale).log_softmax(-1)
+    attention = "masked" if model.config.model_type == "gemma2" else "segments"
+    packed = PackedModel(model, TUNING, attention=attention)
+    scorer = PackedScorer(packed, lambda _: None, n_members=1, token_budget=20)
+    head = packed.head.log_probs
+    packed.head.log_probs = lambda hidden: (head(hidden) * tree_scale).log_softmax(-1)
     run = packed._run
 
-    def shifted(batch, prefix, **kwargs):
-        positions = batch.rows.position_ids
-        moved = type(batch.rows)(batch.rows.input_ids, positions * (1 + tree_shift), batch.rows.end)
-        return run(batch._replace(rows=moved), prefix, **kwargs)
+    def shifted(stream, prefix):
+        stream.position_ids = stream.position_ids * (1 + tree_shift)
+        return run(stream, prefix)
 
     packed._run = shifted
 

@@ -36,9 +36,11 @@ CONFIGS = {
 WAYS = [(name, way) for name in CONFIGS for way in ("sdpa", "eager") if (name, way) != ("gemma2", "sdpa")]
 
 
-def tiny(architecture: str, attention: str = "eager", dtype: torch.dtype = torch.float32):
+def tiny(architecture: str, attention: str = "eager", dtype: torch.dtype = torch.float32, **changes: object):
     """Make a causal model of a few thousand parameters with peaked, well separated distributions."""
     config = CONFIGS[architecture]()
+    for name, value in changes.items():
+        setattr(config, name, value)
     config._attn_implementation = attention
     torch.manual_seed(7)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)

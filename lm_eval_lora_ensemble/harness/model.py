@@ -39,13 +39,16 @@ from lm_eval_lora_ensemble.harness.provenance import (
 from lm_eval_lora_ensemble.harness.saving import save_runs_whole
 from lm_eval_lora_ensemble.harness.tasks import extend_tasks
 from lm_eval_lora_ensemble.precision import has_fast_bfloat16
+from lm_eval_lora_ensemble.scoring.attention import UnknownAttentionError
 from lm_eval_lora_ensemble.scoring.finite import NonFiniteScoreError, refuse_nonfinite_score
-from lm_eval_lora_ensemble.scoring.forward import PackedModel, shared_layers
+from lm_eval_lora_ensemble.scoring.forward import Attention, PackedModel, shared_layers
 from lm_eval_lora_ensemble.scoring.loglikelihood import AVERAGES, Average, EnsembleLoglikelihood, Score
 from lm_eval_lora_ensemble.scoring.packed import PackedScorer, Work
 from lm_eval_lora_ensemble.scoring.plain import Batch, score_plain
+from lm_eval_lora_ensemble.scoring.tuning import Tuning, tuning_for
 from lm_eval_lora_ensemble.tree.requests import TokenRequest, truncate
-from lm_eval_lora_ensemble.tree.support import why_no_tree
+from lm_eval_lora_ensemble.tree.segments import Sizes
+from lm_eval_lora_ensemble.tree.support import sliding_window, why_no_segments, why_no_tree
 from lm_eval_lora_ensemble.tree.trial import trial_error
 
 if TYPE_CHECKING:
@@ -56,7 +59,10 @@ EncodedRequest = tuple[tuple[str, str] | None, list[int], list[int]]
 
 # tokens of one forward pass: enough to keep a matrix product busy, little beside the logits of `hf`
 MIN_TOKENS = 1024
-AUTO_TOKENS = {"cpu": 4096, "accelerator": 16384}
+# passes so small, and pieces so small, that a trial of a few dozen tokens goes through every kind of both
+TRIAL_TUNING = Tuning(
+    tokens=20, masked_tokens=20, logits=1 << 22, sizes=Sizes(square=6, whole=8, block=4, carried=4)
+)
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +190,7 @@ class LoraEnsembleLM(HFLM):
         self.ensemble = ensemble
         self._attach_members()
         self._model.eval()
-        for derived in ("_packed_model", "_packed_trial"):
+        for derived in ("_packed", "_trials"):
             self.__dict__.pop(derived, None)
 
     def _fit_vocabulary(self) -> None:
@@ -360,19 +366,19 @@ class LoraEnsembleLM(HFLM):
         if not tokens:
             return
         longest = max(len(request.tokens) for request in tokens)
-        reason = why_no_tree(self.model, longest) or self._packed_trial
-        if reason is None:
+        packed = self._packed_model(longest)
+        if not isinstance(packed, str):
             scorer = PackedScorer(
-                self._packed_model,
+                packed,
                 self._activate,
                 n_members=self.n_members,
-                token_budget=self._token_budget(longest, override_bs),
+                token_budget=self._token_budget(packed, longest, override_bs),
             )
             with self._autocast():
                 yield from scorer.score(tokens)
             self.work = scorer.work
             return
-        logger.warning("scoring request by request, which is slower: %s", reason)
+        logger.warning("scoring request by request, which is slower: %s", packed)
         batch_size = self.batch_size if self.batch_size != "auto" else override_bs
         yield from score_plain(
             tokens,
@@ -383,37 +389,74 @@ class LoraEnsembleLM(HFLM):
             encoder_decoder=self.backend == "seq2seq",
         )
 
-    @functools.cached_property
-    def _packed_model(self) -> PackedModel:
-        return PackedModel(self.model, shared_layers(self.model))
+    def _packed_model(self, longest: int) -> PackedModel | str:
+        """Return what runs passes of sequences of up to ``longest`` tokens, or why nothing does so exactly."""
+        reason = (
+            why_no_segments(self.model, longest) or self._trial("segments") or self._unseen_window(longest)
+        )
+        if reason is None:
+            return self._packed["segments"]
+        masked = why_no_tree(self.model, longest) or self._trial("masked")
+        if masked is None:
+            logger.info("attention under one mask, which is slower: %s", reason)
+            return self._packed["masked"]
+        return masked
 
     @functools.cached_property
-    def _packed_trial(self) -> str | None:
-        """Why the packed path is not exact here, found by trying with the last member; None if it is."""
+    def _packed(self) -> dict[Attention, PackedModel]:
+        """The model with each kind of attention that was tried."""
+        return {}
+
+    @functools.cached_property
+    def _trials(self) -> dict[Attention, str | None]:
+        """Why each kind of attention is not exact here; None if it is."""
+        return {}
+
+    def _trial(self, attention: Attention) -> str | None:
+        """Return why the packed path with this attention is not exact here, found by trying with the last member."""
+        if attention not in self._trials:
+            tuning = tuning_for(self._device_of_model())
+            self._packed[attention] = PackedModel(self.model, tuning, shared_layers(self.model), attention)
+            self._trials[attention] = self._failed_trial(self._packed[attention])
+        return self._trials[attention]
+
+    def _failed_trial(self, packed: PackedModel) -> str | None:
         last = self.n_members - 1
+        small = PackedModel(self.model, TRIAL_TUNING, packed.shared_layers, packed.attention)
         scorer = PackedScorer(
-            self._packed_model,
-            lambda _: self._activate(last),
-            n_members=1,
-            token_budget=64,
-            plan_options={"max_tree_tokens": 20, "min_stem_tokens": 4},
+            small, lambda _: self._activate(last), n_members=1, token_budget=TRIAL_TUNING.tokens
         )
 
         def rows(requests: Sequence[TokenRequest]) -> list[float]:
             scores = dict(scorer.score(requests))
             return [float(scores[i].loglikelihoods[0]) for i in range(len(requests))]
 
-        with self._autocast(), torch.inference_mode():
-            error = trial_error(
-                rows,
-                self._whole_logits,
-                self.model,
-                self.mixed_precision_dtype or self._packed_model.dtype,
-                self._packed_model.head.weight.shape[0],
-            )
+        try:
+            with self._autocast(), torch.inference_mode():
+                error = trial_error(
+                    rows,
+                    self._whole_logits,
+                    self.model,
+                    self.mixed_precision_dtype or packed.dtype,
+                    packed.head.vocabulary,
+                )
+        except UnknownAttentionError as unknown:
+            return str(unknown)
+        packed.windows = small.windows
         if error is None:
             return None
         return f"packed rows differ from whole sequences by {error:.2g} nats a token in a trial"
+
+    def _unseen_window(self, longest: int) -> str | None:
+        """Say so if a sliding window is in reach and the model's attention is not told of it."""
+        window = sliding_window(self.model)
+        if window is None or longest <= window or window in self._packed["segments"].windows:
+            return None
+        return f"the model's attention is not told of its sliding window of {window}"
+
+    def _device_of_model(self) -> torch.device:
+        """Return where the computing is done; a base with offloaded layers names no device of its own."""
+        return self.device if self.model.device.type == "meta" else self.model.device
 
     def _whole_logits(self, tokens: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self._model_call(tokens.to(self.device))
@@ -424,16 +467,15 @@ class LoraEnsembleLM(HFLM):
         dtype = self.mixed_precision_dtype
         return torch.autocast(device_type=self.device.type, dtype=dtype, enabled=dtype is not None)
 
-    def _token_budget(self, longest: int, override_bs: int | None) -> int:
+    def _token_budget(self, packed: PackedModel, longest: int, override_bs: int | None) -> int:
         """Return the tokens of one forward pass.
 
         ``batch_size=auto``: a fixed budget, halved when memory runs out. A number b: as many tokens as b of
         the longest sequences have, which is what ``hf`` computes at most with that batch size.
         """
         batch_size = override_bs if self.batch_size == "auto" else self.batch_size
-        if not batch_size:
-            return AUTO_TOKENS["cpu" if self.device.type == "cpu" else "accelerator"]
-        return max(MIN_TOKENS, int(batch_size) * longest)
+        tokens = max(MIN_TOKENS, int(batch_size) * longest) if batch_size else packed.tuning.tokens
+        return tokens if packed.attention == "segments" else min(tokens, packed.tuning.masked_tokens)
 
     def _token_request(self, context: list[int], continuation: list[int]) -> TokenRequest:
         if self.backend == "causal":

@@ -1,7 +1,7 @@
-"""One member's forward pass over tree rows: hidden states, kept prefixes, log-probabilities at a few positions.
+"""One member's forward pass over a flat stream of tokens: hidden states, and the keys and values that are kept.
 
-The decoder and the head are the model's own modules with PEFT's own layers in them, called with token ids, position
-ids and an additive 4-D mask; nothing of the arithmetic is replaced.
+The decoder is the model's own, with PEFT's own layers in it, called with token ids and position ids. Attention is by
+segments (:mod:`.attention`) where the model can be told to use it, else the model's own under one additive 4-D mask.
 """
 
 from __future__ import annotations
@@ -9,32 +9,32 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from transformers import DynamicCache
 
-from lm_eval_lora_ensemble.tree.rows import RowBatch
-
-# logits held at a time, in elements: 128 MiB of float32
-_LOGITS_AT_ONCE = 1 << 25
+from lm_eval_lora_ensemble.scoring.attention import SegmentAttention, attention_in_place
+from lm_eval_lora_ensemble.scoring.head import Head
+from lm_eval_lora_ensemble.scoring.tuning import Tuning
+from lm_eval_lora_ensemble.tree.rows import RowBatch, TreeRow
 
 KeyValues = dict[int, tuple[torch.Tensor, torch.Tensor]]
+Attention = Literal["segments", "masked"]
 
 
 class PrefixCache(DynamicCache):
-    """Keys and values of a prefix, put before those of every row of a batch.
+    """Keys and values of a prefix, put before those of a pass.
 
-    Unlike its base class it does not grow with use, so any number of batches can run on one prefix.
+    Unlike its base class it does not grow with use.
 
     Args:
         prefix: per layer the prefix's keys and values, [1, heads, P, d].
-        keep: remember what each layer saw, prefix and row, in ``kept``; for the next, longer prefix.
+        keep: int64 places, in prefix and pass together, whose keys and values go into ``kept``; they are the next
+            pass's prefix.
     """
 
-    def __init__(self, prefix: KeyValues, *, keep: bool = False) -> None:
+    def __init__(self, prefix: KeyValues, keep: torch.Tensor | None = None) -> None:
         super().__init__()
         self._prefix = prefix
         self._keep = keep
@@ -43,14 +43,14 @@ class PrefixCache(DynamicCache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return prefix and row keys and values of one layer, [B, heads, P + L, d]."""
+        """Return prefix and pass keys and values of one layer, [1, heads, P + T, d]."""
         if layer_idx in self._prefix:
             keys, values = self._prefix[layer_idx]
-            batch = key_states.shape[0]
-            key_states = torch.cat([keys.expand(batch, -1, -1, -1), key_states], dim=2)
-            value_states = torch.cat([values.expand(batch, -1, -1, -1), value_states], dim=2)
-        if self._keep:
-            self.kept[layer_idx] = (key_states, value_states)
+            key_states = torch.cat([keys, key_states], dim=2)
+            value_states = torch.cat([values, value_states], dim=2)
+        if self._keep is not None:
+            places = self._keep.to(key_states.device)
+            self.kept[layer_idx] = (key_states.index_select(2, places), value_states.index_select(2, places))
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -59,89 +59,60 @@ class PrefixCache(DynamicCache):
         return 0 if keys is None else int(keys[0].shape[2])
 
 
-class PackedRows(NamedTuple):
-    """Rows ready to run on a prefix of P tokens.
+class Stream:
+    """The tokens of one pass on the model's device.
 
-    Attributes:
-        rows: input and position ids [R, L].
-        attention_mask: additive [R, 1, L, P + L] in the model's dtype, or None for chains on no prefix, which need
-            nothing but causality.
-        prefix: P.
+    Args:
+        row: the pass, its prefix included.
+        prefix: places at the row's beginning that are kept from before.
+        keep: places, in the whole row, of the next pass's prefix; empty for none.
+        device: of the model's embeddings.
     """
 
-    rows: RowBatch
-    attention_mask: torch.Tensor | None
-    prefix: int
-
-    @property
-    def n_computed(self) -> int:
-        """Token positions this batch computes, padding included."""
-        return self.rows.input_ids.numel()
-
-    @property
-    def n_attended(self) -> int:
-        """(query, key) pairs that attention computes in a layer, masked ones included."""
-        return self.n_computed * (self.prefix + self.rows.input_ids.shape[1])
-
-
-class PositionLogProbs(NamedTuple):
-    """What is kept of some positions' next-token distributions.
-
-    Attributes:
-        of_targets: float32 [K], log-probability of each (position, target) pair.
-        top_token: int64 [R], each position's most likely token.
-        top: float32 [R], its log-probability.
-    """
-
-    of_targets: npt.NDArray[np.float32]
-    top_token: npt.NDArray[np.int64]
-    top: npt.NDArray[np.float32]
+    def __init__(self, row: TreeRow, prefix: int, keep: Any, device: torch.device) -> None:
+        self.row = row
+        self.prefix = prefix
+        self.input_ids = torch.from_numpy(row.tokens[prefix:])[None].to(device)
+        self.position_ids = torch.from_numpy(row.positions[prefix:])[None].to(device)
+        self.keep = torch.from_numpy(keep).to(device) if len(keep) else None
 
 
 class PackedModel:
-    """A decoder-only model that can run tree rows; the active PEFT adapter is the caller's business.
+    """A decoder-only model that can run a stream of tree tokens; the active PEFT adapter is the caller's business.
 
     Args:
         model: ``…ForCausalLM``, wrapped by PEFT or not.
+        tuning: sizes that steer and change no score.
         shared_layers: so many of the lowest layers are the same for all members; their output is computed
-            once a batch by :meth:`shared_hidden`.
+            once a pass by :meth:`shared_hidden`.
+        attention: ``segments``, or ``masked`` for a model whose attention segments cannot replace.
     """
 
-    def __init__(self, model: Any, shared_layers: int = 0) -> None:
+    def __init__(
+        self, model: Any, tuning: Tuning, shared_layers: int = 0, attention: Attention = "segments"
+    ) -> None:
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.decoder = causal.get_decoder()
-        self.head = causal.get_output_embeddings()
+        self.head = Head(causal, tuning.logits)
+        self.tuning = tuning
         self.shared_layers = shared_layers
+        self.attention: Attention = attention
         self.dtype: torch.dtype = causal.dtype
-        self.device: torch.device = self.head.weight.device if causal.device.type == "meta" else causal.device
-        # Gemma 2 caps its logits after the head, outside of it
-        self._softcap: float | None = getattr(
-            causal.config.get_text_config(), "final_logit_softcapping", None
-        )
+        on_meta = causal.device.type == "meta"
+        self.device: torch.device = self.head.project.weight.device if on_meta else causal.device
         # transformers 5.24 renames the decoder's argument; 5.40 drops the old name
         renamed = "cache" in inspect.signature(self.decoder.forward).parameters
         self._cache_argument = "cache" if renamed else "past_key_values"
         self._layers_return_tuples = False
+        self._planned: SegmentAttention | None = None
+        # the sliding windows that the model has told its attention of, as far as passes have run
+        self.windows: set[int] = set()
 
-    def pack(self, rows: RowBatch, prefix: int, *, chains: bool) -> PackedRows:
-        """Bring rows to the model's device and make their mask there.
-
-        Args:
-            rows: the rows, padded.
-            prefix: tokens of the kept prefix they run on.
-            chains: every row is an ordinary sequence.
-        """
-        here = rows.to(self.device)
-        mask = None if chains and not prefix else here.attention_mask(self.dtype, prefix)
-        return PackedRows(here, mask, prefix)
-
-    def shared_hidden(
-        self, batch: PackedRows, prefix: KeyValues, *, keep: bool = False
-    ) -> tuple[torch.Tensor | None, KeyValues]:
+    def shared_hidden(self, stream: Stream, prefix: KeyValues) -> tuple[torch.Tensor | None, KeyValues]:
         """Run the layers that all members share; None if there are none.
 
         Returns:
-            What enters the first layer that members do not share, [R, L, d], and with ``keep`` the shared layers'
+            What enters the first layer that members do not share, [1, T, d], and what is kept of the shared layers'
             keys and values.
         """
         if not self.shared_layers:
@@ -153,40 +124,59 @@ class PackedModel:
             undo.enter_context(_entered(layers[self.shared_layers], entering.append))
             for layer in layers[self.shared_layers :]:
                 undo.enter_context(self._skipped(layer))
-            _, kept = self._run(batch, prefix, keep=keep)
+            _, kept = self._run(stream, prefix)
         return entering[0], kept
 
     def hidden(
-        self, batch: PackedRows, prefix: KeyValues, shared: torch.Tensor | None, *, keep: bool = False
+        self, stream: Stream, prefix: KeyValues, shared: torch.Tensor | None
     ) -> tuple[torch.Tensor, KeyValues]:
         """Run the active member.
 
         Args:
-            batch: the rows.
-            prefix: keys and values of the batch's prefix under this member; empty for none.
-            shared: what :meth:`shared_hidden` returned for this batch.
-            keep: return keys and values of prefix and rows together.
+            stream: the tokens.
+            prefix: keys and values of the pass's prefix under this member; empty for none.
+            shared: what :meth:`shared_hidden` returned for this pass.
 
         Returns:
-            Last hidden states [R, L, d], and the kept keys and values (empty without ``keep``).
+            Last hidden states [T, d], and the keys and values of the next pass's prefix.
         """
         if shared is None:
-            return self._run(batch, prefix, keep=keep)
+            return self._run(stream, prefix)
         # every layer keeps its place in the loop, since models look up masks and rotary embeddings by it
         with ExitStack() as undo:
             for layer in self.decoder.layers[: self.shared_layers]:
                 undo.enter_context(self._skipped(layer))
             undo.enter_context(_entered(self.decoder.layers[self.shared_layers], lambda _: shared))
-            return self._run(batch, prefix, keep=keep)
+            return self._run(stream, prefix)
 
-    def _run(self, batch: PackedRows, prefix: KeyValues, *, keep: bool) -> tuple[torch.Tensor, KeyValues]:
-        cache = PrefixCache(prefix, keep=keep) if prefix or keep else None
-        inputs = {"input_ids": batch.rows.input_ids}
-        if batch.attention_mask is not None:
-            # transformers takes position ids without a mask for packed sequences, so they go together
-            inputs |= {"attention_mask": batch.attention_mask, "position_ids": batch.rows.position_ids}
-        output = self.decoder(**inputs, **{self._cache_argument: cache}, use_cache=False)
-        return output.last_hidden_state, cache.kept if cache is not None else {}
+    def _run(self, stream: Stream, prefix: KeyValues) -> tuple[torch.Tensor, KeyValues]:
+        cache = PrefixCache(prefix, stream.keep)
+        inputs: dict[str, Any] = {"input_ids": stream.input_ids, "position_ids": stream.position_ids}
+        with ExitStack() as undo:
+            if self.attention == "segments":
+                undo.enter_context(attention_in_place(self.decoder, self._segments(stream)))
+            else:
+                inputs["attention_mask"] = self._mask(stream)
+            output = self.decoder(**inputs, **{self._cache_argument: cache}, use_cache=False)
+        return output.last_hidden_state[0], cache.kept
+
+    def _segments(self, stream: Stream) -> SegmentAttention:
+        """Return the attention of a pass; its plan and masks serve all members."""
+        if self._planned is None or self._planned.row is not stream.row:
+            self._planned = SegmentAttention(stream.row, stream.prefix, self.tuning.sizes, self.windows)
+        return self._planned
+
+    def n_attended(self, stream: Stream) -> int:
+        """Return the (query, key) pairs of one layer without a window, masked ones included."""
+        if self.attention == "segments":
+            return self._segments(stream).plan(None).n_pairs
+        return stream.input_ids.numel() * len(stream.row)
+
+    def _mask(self, stream: Stream) -> torch.Tensor:
+        """Return the additive mask [1, 1, T, P + T]."""
+        end = torch.from_numpy(stream.row.end)[None].to(self.device)
+        nothing = torch.zeros_like(end)
+        return RowBatch(nothing, nothing, end).attention_mask(self.dtype)[:, :, stream.prefix :]
 
     def _note_kind_of_output(self, output: Any) -> None:
         self._layers_return_tuples = isinstance(output, tuple)
@@ -207,39 +197,6 @@ class PackedModel:
                 del layer.forward
             else:
                 layer.forward = own
-
-    def log_probs_at(
-        self, hidden: torch.Tensor, pair_position: npt.NDArray[np.int64], pair_target: npt.NDArray[np.int64]
-    ) -> PositionLogProbs:
-        """Project ``hidden`` [R, d] on the vocabulary and keep what scoring needs; float32 log-softmax.
-
-        Args:
-            hidden: last hidden states of the wanted positions.
-            pair_position: int [K], index into ``hidden`` of each (position, target) pair.
-            pair_target: int [K].
-        """
-        at_once = max(1, _LOGITS_AT_ONCE // self.head.weight.shape[0])
-        of_targets = np.empty(len(pair_position), dtype=np.float32)
-        top_token = np.empty(len(hidden), dtype=np.int64)
-        top = np.empty(len(hidden), dtype=np.float32)
-        for start in range(0, len(hidden), at_once):
-            block = slice(start, start + at_once)
-            # not logits − logsumexp, which is nearer the truth but 1e-5 nats a token from what `hf` computes
-            log_probs = self.log_probs(hidden[block])
-            best = log_probs.max(dim=-1)
-            top[block], top_token[block] = best.values.cpu(), best.indices.cpu()
-            pairs = np.flatnonzero((pair_position >= start) & (pair_position < start + at_once))
-            here = torch.from_numpy(pair_position[pairs] - start).to(log_probs.device)
-            target = torch.from_numpy(pair_target[pairs]).to(log_probs.device)
-            of_targets[pairs] = log_probs[here, target].cpu()
-        return PositionLogProbs(of_targets, top_token, top)
-
-    def log_probs(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return whole next-token distributions, float32 [R, V] log-probabilities, of a few positions."""
-        logits = self.head(hidden)
-        if self._softcap is not None:
-            logits = torch.tanh(logits / self._softcap) * self._softcap
-        return torch.log_softmax(logits.float(), dim=-1)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Which positions of a batch are projected on the vocabulary, and for which targets."""
+"""Which positions of a pass are projected on the vocabulary, and for which targets."""
 
 from __future__ import annotations
 
@@ -15,86 +15,51 @@ from lm_eval_lora_ensemble.tree.trie import PrefixTrie
 IntArray = npt.NDArray[np.int64]
 
 
-class TargetSlots:
-    """One slot for every target of every request, in order: where its log-probability goes.
-
-    Attributes:
-        first: int [requests + 1], the first slot of each request.
-        owner: int [slots], the request of each slot.
-        done: bool [slots], whether its log-probability is there.
-    """
-
-    def __init__(self, requests: Sequence[TokenRequest]) -> None:
-        sizes = np.array([len(request.targets) for request in requests], dtype=np.int64)
-        self.first: IntArray = np.concatenate([[0], np.cumsum(sizes)])
-        self.owner: IntArray = np.repeat(np.arange(len(requests)), sizes)
-        self.done: npt.NDArray[np.bool_] = np.zeros(len(self.owner), dtype=bool)
-        self._missing = sizes
-
-    def __len__(self) -> int:
-        return len(self.owner)
-
-    def of(self, request: int) -> slice:
-        """Return the slots of a request."""
-        return slice(int(self.first[request]), int(self.first[request + 1]))
-
-    def finish(self, slots: IntArray) -> list[int]:
-        """Note that these slots, none of them done before, are filled; return the requests that are complete now."""
-        self.done[slots] = True
-        owners, counts = np.unique(self.owner[slots], return_counts=True)
-        self._missing[owners] -= counts
-        complete: list[int] = owners[self._missing[owners] == 0].tolist()
-        return complete
-
-
 @dataclass(frozen=True)
-class BatchTargets:
-    """Positions of a batch whose next-token distributions are needed, and for which targets.
+class PassTargets:
+    """The targets of a pass's requests, request by request, and the distinct positions that predict them.
 
     Attributes:
-        row, position: int [R], the distinct positions.
-        pair_position: int [K], for each (position, target) pair the index of its position in the above.
-        pair_target: int [K].
-        pair_slot: int [K], the pair's slot.
+        requests: int [Q], the requests that the pass answers.
+        first: int [Q + 1]; the targets of the i-th of them are ``[first[i], first[i + 1])``.
+        place: int [R], the distinct positions, as places of the pass's row.
+        position: int [K], for each target the index of its position in ``place``.
+        target: int [K], the tokens.
     """
 
-    row: IntArray
+    requests: IntArray
+    first: IntArray
+    place: IntArray
     position: IntArray
-    pair_position: IntArray
-    pair_target: IntArray
-    pair_slot: IntArray
+    target: IntArray
+
+    @property
+    def owner(self) -> IntArray:
+        """For each target the index of its request in ``requests``."""
+        return np.repeat(np.arange(len(self.requests)), np.diff(self.first))
 
 
-def collect_targets(
-    trie: PrefixTrie,
-    rows: Sequence[TreeRow],
-    depth: int,
-    requests: Sequence[TokenRequest],
-    slots: TargetSlots,
-) -> BatchTargets:
-    """Collect what the requests of ``rows`` still need from positions at ``depth`` or deeper.
+def collect_targets(trie: PrefixTrie, row: TreeRow, requests: Sequence[TokenRequest]) -> PassTargets:
+    """Collect what the requests of a row's sequences ask for.
 
     Args:
         trie: of ``requests``.
-        rows: a batch.
-        depth: the end of the batch's prefix.
+        row: whole sequences of it.
         requests: all requests.
-        slots: of ``requests``; those that are done are left out.
     """
-    distinct: dict[tuple[int, int], int] = {}
-    pairs: list[tuple[int, int, int]] = []
-    for i, row in enumerate(rows):
-        for sequence, path in row.paths.items():
-            for index in trie.requests_of[sequence]:
-                targets = requests[index].targets
-                before = int(trie.lengths[sequence]) - len(targets)
-                for t, target in enumerate(targets):
-                    slot = int(slots.first[index]) + t
-                    at = before + t - depth
-                    if at < 0 or at >= len(path) or slots.done[slot]:
-                        continue
-                    key = (i, int(path[at]))
-                    pairs.append((distinct.setdefault(key, len(distinct)), target, slot))
-    places = np.array(list(distinct), dtype=np.int64).reshape(-1, 2)
-    table = np.array(pairs, dtype=np.int64).reshape(-1, 3)
-    return BatchTargets(places[:, 0], places[:, 1], table[:, 0], table[:, 1], table[:, 2])
+    indices: list[int] = []
+    places: list[IntArray] = []
+    targets: list[tuple[int, ...]] = []
+    for sequence, path in row.paths.items():
+        for index in trie.requests_of[sequence]:
+            indices.append(index)
+            targets.append(requests[index].targets)
+            places.append(path[len(path) - len(requests[index].targets) :])
+    place, position = np.unique(np.concatenate(places), return_inverse=True)
+    return PassTargets(
+        requests=np.array(indices, dtype=np.int64),
+        first=np.concatenate([[0], np.cumsum([len(each) for each in targets])]),
+        place=place,
+        position=position.reshape(-1),
+        target=np.concatenate([np.array(each, dtype=np.int64) for each in targets]),
+    )
