@@ -15,6 +15,11 @@ runs in a process of its own, with the checkout's ``.venv`` if it has one, and t
 
     python benchmarks/scoring.py --tasks arc_easy:0:200 --against ../release-0.1.0 --pairs 6
 
+``--breakdown`` adds where the ensemble's time goes, by torch's profiler. ``--rounding`` measures something else: how far
+scores in half precision are from float32, ``hf``'s and the ensemble's.
+
+    python benchmarks/scoring.py --tasks arc_easy:0:125,hellaswag:0:30 --dtype bfloat16 --rounding
+
 A task is ``name:shots:documents``. Without network access to the Hub run it where lm-eval finds the data.
 """
 
@@ -28,15 +33,17 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import against
 import torch
+from breakdown import breakdown, table
 from lm_eval.models.huggingface import HFLM
 from machine import description, headline, peak_bytes, timed
 from peak import gemm_peak, linear_shapes, meaning, meta_model, weights
+from rounding import distances
 from shapes import SHAPES
 from transformers import AutoConfig
 from workload import SYNTHETIC, items, random_adapters, requests_of, with_random_weights
@@ -84,7 +91,7 @@ class Work:
     Attributes:
         computed: token positions, padding and prefixes computed again included.
         least: distinct token positions.
-        attended: (query, key) pairs a layer, masked ones included.
+        attended: (query, key) pairs a layer, masked ones included, causal ones once.
         read: positions projected on the vocabulary.
     """
 
@@ -243,6 +250,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--no-memory", action="store_true", help="skip the two processes that measure memory")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--breakdown", action="store_true", help="profile the ensemble once a task")
+    parser.add_argument("--rounding", action="store_true", help="distances of --dtype from float32, no times")
     parser.add_argument("--only", choices=["hf", "ours"], help=argparse.SUPPRESS)
     against.add_arguments(parser)
     options = parser.parse_args(argv)
@@ -263,6 +272,9 @@ def main(argv: list[str]) -> None:
             compare_checkouts(options, found, Path(scratch))
             return
         load_hf, load_ours = loaders(options, found)
+        if options.rounding:
+            report_rounding(options, found, load_hf, load_ours)
+            return
         if options.only:
             lm = load_hf() if options.only == "hf" else load_ours()
             for item in options.items:
@@ -272,8 +284,35 @@ def main(argv: list[str]) -> None:
         hf, ours = load_hf(), load_ours()
         peak = gemm_peak(linear_shapes(hf.model), hf.model.dtype, options.device)
         rows = [measure(item, hf, ours, options.repeats, peak, options.device) for item in options.items]
+        if options.breakdown:
+            profiled = {item: profile(item, ours) for item in options.items}
     memory = {} if options.no_memory else {which: peak_memory(options, which) for which in ("hf", "ours")}
     report(options, rows, peak, memory)
+    if options.breakdown:
+        print("\n" + table(profiled))
+
+
+def profile(task: str, ours: LoraEnsembleLM) -> dict[str, float]:
+    """Return where the ensemble's seconds go."""
+    requests = requests_of(task, ours)
+    return breakdown(lambda: ours._loglikelihood_tokens(requests, disable_tqdm=True))
+
+
+def report_rounding(
+    options: argparse.Namespace,
+    found: Models,
+    load_hf: Callable[[], HFLM],
+    load_ours: Callable[[], LoraEnsembleLM],
+) -> None:
+    """Print how far half precision is from float32."""
+    wide = replace(found, common={**found.common, "dtype": "float32"})
+    load_exact, _ = loaders(options, wide)
+    encoder = load_hf()
+    requests = [request for item in options.items for request in requests_of(item, encoder)]
+    result = distances(requests, load_exact, load_hf, load_ours)
+    print(f"{headline(options.device, options.dtype)}\n{result}")
+    if options.json:
+        options.json.write_text(json.dumps(result.as_mapping(), indent=2))
 
 
 def report(options: argparse.Namespace, rows: list[TaskTimes], peak: float, memory: dict[str, float]) -> None:

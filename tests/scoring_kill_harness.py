@@ -39,11 +39,11 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 
 from lm_eval_lora_ensemble.harness import model as backend  # noqa: E402
 from lm_eval_lora_ensemble.harness import plugin  # noqa: E402
-from lm_eval_lora_ensemble.scoring.packed import _ScoringCall  # noqa: E402
+from lm_eval_lora_ensemble.scoring.packed import PackedScorer  # noqa: E402
 
 # phase: what reports it, how many reports a run may have, seconds until the kill
 PHASES = {
-    "score": (_ScoringCall, "_run_batch", 20, 0.01),
+    "score": (PackedScorer, "_run", 20, 0.01),
     "store": (CacheHook, "add_partial", 80, 0.001),
     "write": (EvaluationTracker, "save_results_samples", 2, 0.0005),
     "move": (Path, "replace", 3, 0.0002),

@@ -187,3 +187,23 @@ def test_the_processor_has_the_name_that_linux_tells(benchmarks):
         line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")
     )
     assert processor() == line.partition(":")[2].strip()
+
+
+def test_where_the_time_goes_and_what_half_precision_costs(tmp_path):
+    """Both are of this machine, so only their form is tested: shares that add up, distances that are not nought."""
+    result = tmp_path / "result.json"
+    words = [sys.executable, str(BENCHMARKS / "scoring.py"), *SCORING, "--members", "2"]
+    done = subprocess.run(
+        [*words, "--repeats", "1", "--no-memory", "--breakdown"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    shares = [int(share) for share in re.findall(r"^\| [a-z].* s, (\d+)% \|$", done.stdout, re.MULTILINE)]
+    assert len(shares) == 7 and 95 < sum(shares) < 105
+    assert "| matrix products | " in done.stdout
+    words[words.index("float32")] = "bfloat16"
+    done = subprocess.run(
+        [*words, "--rounding", "--json", str(result)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(result.read_text())
+    assert found["requests"] == 16 and 0 < found["ours_mean"] < 2 * found["hf_mean"]

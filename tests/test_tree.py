@@ -205,7 +205,8 @@ def test_scores_are_those_of_plain_sequences(architecture, attention, layers):
         with pytest.raises(UnknownAttentionError, match="softcap"):
             score(model, asked, shared, "segments")
     else:
-        np.testing.assert_allclose(score(model, asked, shared, "segments"), expected, atol=1e-4)
+        for way in ("segments", "flex"):
+            np.testing.assert_allclose(score(model, asked, shared, way), expected, atol=1e-4)
     # nothing of the model is left changed
     np.testing.assert_allclose(plain_scores(model, asked), plain_scores(model, asked), atol=0)
     assert not any("forward" in vars(layer) for layer in model.get_base_model().get_decoder().layers)

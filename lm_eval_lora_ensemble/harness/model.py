@@ -27,7 +27,7 @@ from lm_eval_lora_ensemble.ensemble.members import (
 )
 from lm_eval_lora_ensemble.ensemble.quantization import quantization_config, take_arguments
 from lm_eval_lora_ensemble.ensemble.tokenizer import check_tokenizers
-from lm_eval_lora_ensemble.errors import EnsembleError, shorten_errors_of_command
+from lm_eval_lora_ensemble.errors import EnsembleError, first_line, shorten_errors_of_command
 from lm_eval_lora_ensemble.harness.cache import claim_cache, read_older_scores, saved_scores
 from lm_eval_lora_ensemble.harness.provenance import (
     calibration_in_use,
@@ -124,6 +124,7 @@ class LoraEnsembleLM(HFLM):
         self.calibration = calibration_of(DEFAULT_FOLDER if adapters is None else adapters)
         scale = _scale(temperature, calibration_in_use(self.calibration, self.ensemble))
         self.work = Work()
+        self._used: PackedModel | None = None
         if "revision" not in kwargs and self.ensemble.revision:
             kwargs["revision"] = self.ensemble.revision
         refuse_missing_folder(self.ensemble.base_model, "base model folder")
@@ -367,6 +368,7 @@ class LoraEnsembleLM(HFLM):
             return
         longest = max(len(request.tokens) for request in tokens)
         packed = self._packed_model(longest)
+        self._used = None if isinstance(packed, str) else packed
         if not isinstance(packed, str):
             scorer = PackedScorer(
                 packed,
@@ -391,14 +393,18 @@ class LoraEnsembleLM(HFLM):
 
     def _packed_model(self, longest: int) -> PackedModel | str:
         """Return what runs passes of sequences of up to ``longest`` tokens, or why nothing does so exactly."""
-        reason = (
-            why_no_segments(self.model, longest) or self._trial("segments") or self._unseen_window(longest)
-        )
-        if reason is None:
-            return self._packed["segments"]
+        kinds: tuple[Attention, ...] = ("segments",) if self.device.type == "cpu" else ("flex", "segments")
+        for attention in kinds:
+            reason = (
+                why_no_segments(self.model, longest)
+                or self._trial(attention)
+                or self._unseen_window(attention, longest)
+            )
+            if reason is None:
+                return self._packed[attention]
+            logger.info("no %s attention: %s", attention, reason)
         masked = why_no_tree(self.model, longest) or self._trial("masked")
         if masked is None:
-            logger.info("attention under one mask, which is slower: %s", reason)
             return self._packed["masked"]
         return masked
 
@@ -442,17 +448,28 @@ class LoraEnsembleLM(HFLM):
                 )
         except UnknownAttentionError as unknown:
             return str(unknown)
+        except Exception as error:
+            # a compiler may fail in any way, and segments need none
+            if packed.attention != "flex":
+                raise
+            return f"{type(error).__name__}: {first_line(error)}"
         packed.windows = small.windows
         if error is None:
             return None
         return f"packed rows differ from whole sequences by {error:.2g} nats a token in a trial"
 
-    def _unseen_window(self, longest: int) -> str | None:
+    def _unseen_window(self, attention: Attention, longest: int) -> str | None:
         """Say so if a sliding window is in reach and the model's attention is not told of it."""
         window = sliding_window(self.model)
-        if window is None or longest <= window or window in self._packed["segments"].windows:
+        if window is None or longest <= window or window in self._packed[attention].windows:
             return None
         return f"the model's attention is not told of its sliding window of {window}"
+
+    def _engine(self) -> dict[str, Any] | None:
+        """Say how requests were scored last, for the results file; None before any, or request by request."""
+        if self._used is None:
+            return None
+        return {"attention": self._used.attention, **self._used.tuning.as_mapping()}
 
     def _device_of_model(self) -> torch.device:
         """Return where the computing is done; a base with offloaded layers names no device of its own."""
@@ -506,6 +523,7 @@ class LoraEnsembleLM(HFLM):
             # lm-eval's own `device` is what was asked for
             "device": device_name(self.device),
             "dtype": str(self.model.dtype).removeprefix("torch."),
+            "engine": self._engine(),
             "versions": versions(),
         }
         return info

@@ -15,12 +15,14 @@ import torch
 from transformers import DynamicCache
 
 from lm_eval_lora_ensemble.scoring.attention import SegmentAttention, attention_in_place
+from lm_eval_lora_ensemble.scoring.flex import FlexAttention
 from lm_eval_lora_ensemble.scoring.head import Head
 from lm_eval_lora_ensemble.scoring.tuning import Tuning
 from lm_eval_lora_ensemble.tree.rows import RowBatch, TreeRow
+from lm_eval_lora_ensemble.tree.segments import plan_segments
 
 KeyValues = dict[int, tuple[torch.Tensor, torch.Tensor]]
-Attention = Literal["segments", "masked"]
+Attention = Literal["flex", "segments", "masked"]
 
 
 class PrefixCache(DynamicCache):
@@ -85,7 +87,7 @@ class PackedModel:
         tuning: sizes that steer and change no score.
         shared_layers: so many of the lowest layers are the same for all members; their output is computed
             once a pass by :meth:`shared_hidden`.
-        attention: ``segments``, or ``masked`` for a model whose attention segments cannot replace.
+        attention: ``flex`` on accelerators, ``segments``, or ``masked`` for a model whose attention cannot be replaced.
     """
 
     def __init__(
@@ -104,7 +106,7 @@ class PackedModel:
         renamed = "cache" in inspect.signature(self.decoder.forward).parameters
         self._cache_argument = "cache" if renamed else "past_key_values"
         self._layers_return_tuples = False
-        self._planned: SegmentAttention | None = None
+        self._planned: SegmentAttention | FlexAttention | None = None
         # the sliding windows that the model has told its attention of, as far as passes have run
         self.windows: set[int] = set()
 
@@ -153,24 +155,28 @@ class PackedModel:
         cache = PrefixCache(prefix, stream.keep)
         inputs: dict[str, Any] = {"input_ids": stream.input_ids, "position_ids": stream.position_ids}
         with ExitStack() as undo:
-            if self.attention == "segments":
-                undo.enter_context(attention_in_place(self.decoder, self._segments(stream)))
-            else:
+            if self.attention == "masked":
                 inputs["attention_mask"] = self._mask(stream)
+            else:
+                undo.enter_context(attention_in_place(self.decoder, self._attend(stream)))
             output = self.decoder(**inputs, **{self._cache_argument: cache}, use_cache=False)
         return output.last_hidden_state[0], cache.kept
 
-    def _segments(self, stream: Stream) -> SegmentAttention:
+    def _attend(self, stream: Stream) -> SegmentAttention | FlexAttention:
         """Return the attention of a pass; its plan and masks serve all members."""
         if self._planned is None or self._planned.row is not stream.row:
-            self._planned = SegmentAttention(stream.row, stream.prefix, self.tuning.sizes, self.windows)
+            if self.attention == "flex":
+                compiled = self.device.type != "cpu"
+                self._planned = FlexAttention(stream.row, stream.prefix, self.windows, compiled=compiled)
+            else:
+                self._planned = SegmentAttention(stream.row, stream.prefix, self.tuning.sizes, self.windows)
         return self._planned
 
     def n_attended(self, stream: Stream) -> int:
         """Return the (query, key) pairs of one layer without a window, masked ones included."""
-        if self.attention == "segments":
-            return self._segments(stream).plan(None).n_pairs
-        return stream.input_ids.numel() * len(stream.row)
+        if self.attention == "masked":
+            return stream.input_ids.numel() * len(stream.row)
+        return plan_segments(stream.row, stream.prefix, None, self.tuning.sizes).n_pairs
 
     def _mask(self, stream: Stream) -> torch.Tensor:
         """Return the additive mask [1, 1, T, P + T]."""
