@@ -7,22 +7,15 @@ from typing import Any
 
 import torch
 
+_ELEMENT_WISE = ("mul", "add", "silu", "gelu", "pow", "mean", "sum", "rsqrt", "neg", "sub", "div", "tanh")
+
 KINDS = {
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm"),
     "attention": ("aten::_scaled_dot_product", "aten::scaled_dot_product", "aten::_flash", "flex"),
     "log-softmax, maximum": ("aten::_log_softmax", "aten::max", "aten::amax", "aten::argmax"),
     "joining parts": ("aten::lerp", "aten::logaddexp", "aten::exp"),
     "copies": ("aten::copy_", "aten::cat", "aten::_to_copy", "aten::clone", "aten::index"),
-    "element-wise, norms": (
-        "aten::mul",
-        "aten::add",
-        "aten::silu",
-        "aten::gelu",
-        "aten::pow",
-        "aten::mean",
-        "aten::sum",
-    )
-    + ("aten::rsqrt", "aten::neg", "aten::sub", "aten::div", "aten::tanh"),
+    "element-wise, norms": tuple(f"aten::{name}" for name in _ELEMENT_WISE),
 }
 """Kinds of operation, and how the names of torch's operators in each begin. What is in none is "other"."""
 
