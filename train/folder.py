@@ -7,6 +7,7 @@
         member.json               the member's entry of the manifest, written when the member is done
         epochs.jsonl              one line an epoch: the member alone
         epoch_01/ …               the adapter after each epoch
+        step_00000040/ …          the adapter after steps that keep_snapshots names
         validation/epoch_00.npy … loglikelihoods [D, C] of the validation documents
         validation/documents.json which documents those are: their golds, and their choices' lengths
     .training/                    checkpoints, scratch space and locks; removed when all is done
@@ -184,6 +185,17 @@ class EnsembleFolder:
         with writing(self.path):
             write_folder(self.path / name / epoch_name(epoch), self.scratch, fill)
 
+    def write_snapshot(self, name: str, step: int, fill: Callable[[Path], None]) -> None:
+        """Write ``member_XX/step_ZZZZZZZZ``, as :meth:`write_epoch` writes an epoch."""
+        with writing(self.path):
+            write_folder(self.path / name / step_name(step), self.scratch, fill)
+
+    def _snapshots(self, name: str) -> dict[int, Path]:
+        """Return a member's kept steps."""
+        return {
+            int(path.name.removeprefix("step_")): path for path in sorted((self.path / name).glob("step_*"))
+        }
+
     def write_records(self, name: str, records: Sequence[dict[str, Any]]) -> None:
         """Write a member's epochs.jsonl."""
         with writing(self.path):
@@ -222,14 +234,16 @@ class EnsembleFolder:
             for source in sorted((folder / epoch_name(final_epoch)).iterdir()):
                 copy_file(source, folder / source.name, self.scratch)
             kept = {epoch: folder / epoch_name(epoch) for epoch in range(1, epochs + 1)}
+            snapshots = self._snapshots(name)
             files = checksums(folder, self.path)
-            for path in kept.values():
+            for path in (*kept.values(), *snapshots.values()):
                 files |= checksums(path, self.path)
             entry = MemberEntry(
                 name=name,
                 folder=name,
                 seed=seed,
                 epochs={epoch: path.relative_to(self.path).as_posix() for epoch, path in kept.items()},
+                steps={step: path.relative_to(self.path).as_posix() for step, path in snapshots.items()},
                 files=files,
             )
             write_json(folder / MEMBER, asdict(entry))
@@ -262,6 +276,11 @@ def begun(folder: Path) -> bool:
 def epoch_name(epoch: int) -> str:
     """Return the name of an epoch's folder."""
     return f"epoch_{epoch:02d}"
+
+
+def step_name(step: int) -> str:
+    """Return the name of the folder of the adapter after so many optimiser steps."""
+    return f"step_{step:08d}"
 
 
 def member_name(index: int) -> str:
