@@ -40,7 +40,8 @@ The base model's licence and limits apply. The member has not been evaluated bey
 
 _OPTIMISERS = {"adamw": "AdamW", "ivon": "IVON", "blob": "AdamW on BLoB's bound"}
 
-_POSTERIOR = """It is the mean of a Gaussian, whose spread is in `posterior.safetensors`: `lora-ensemble draw {method}` draws from it.
+_POSTERIOR = """It is the mean of a Gaussian, whose spread is in `posterior.safetensors`;
+`lora-ensemble draw {method}` draws from it.
 
 """
 
