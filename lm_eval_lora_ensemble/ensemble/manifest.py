@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ SCHEMA_VERSION = 3
 READABLE = (1, 2, 3)
 """Version 1, of release 0.1.0, has no calibration; version 2 neither kept steps, nor a method and what it drew from."""
 MAX_BYTES = 16 << 20
+_SETTINGS_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,25 @@ class Method:
             raise TypeError("the method's name is not printable text")
         if not (isinstance(self.settings, dict) and isinstance(self.options, dict)):
             raise TypeError("the method's settings are no object")
+
+    def described(self) -> str:
+        """Return name and settings in a few words, as in ``swag (scale 0.5, K 5)``.
+
+        Example:
+            >>> Method("swag", {"scale": 0.5, "K": 5, "anchors": {"split": "training"}}).described()
+            'swag (scale 0.5, K 5)'
+        """
+        return described(self.name, self.settings)
+
+
+def described(name: str, settings: Mapping[str, Any]) -> str:
+    """Return a method and the first of its settings that are numbers or words; see :meth:`Method.described`."""
+    telling = [
+        f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in settings.items()
+        if isinstance(value, (int, float, str))
+    ][:_SETTINGS_SHOWN]
+    return f"{name} ({', '.join(telling)})" if telling else name
 
 
 @dataclass

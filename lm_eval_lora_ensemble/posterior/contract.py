@@ -104,6 +104,10 @@ class ListedPosterior(Posterior):
     def take(self, number: int) -> AdapterState:
         """Return adapter ``number``, from 0; the first is the one to have if only one is wanted."""
 
+    def origin(self, number: int) -> SourceAdapter | None:  # noqa: ARG002 - for those that know
+        """Return the one adapter of the source that ``number`` is, where it is one."""
+        return None
+
     def draw(self, generator: torch.Generator) -> AdapterState:
         """Draw one of them at random."""
         return self.take(int(torch.randint(len(self), (), generator=generator)))

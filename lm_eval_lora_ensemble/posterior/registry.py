@@ -46,12 +46,10 @@ COMMAND_OF_SNAPSHOTS = {
 """What methods of snapshots take besides."""
 COMMAND_OF_TASKS = {
     "task": Option(None, "lm-eval task that the method fits on; required"),
-    "split": Option("train", "of the task: `train`, `validation`, or lm-eval's word"),
+    "split": Option("training", "of the task", choices=("training", "validation")),
     "limit": Option(None, "only the first so many documents", int, minimum=1),
     "num_fewshot": Option(None, "examples in the context; the task's own number", int, minimum=0),
-    "model_args": Option("", "`K=V,…`, of the base model, as lm-eval's"),
-    "batch_size": Option("auto", "as lm-eval's"),
-    "device": Option("cuda:0", "as lm-eval's, which takes the CPU where there is no such device"),
+    "model_args": Option("", "`K=V,…`, further arguments of the model, as lm-eval's"),
     "include_path": Option(None, "a folder of further task YAMLs"),
 }
 """What methods that fit on a task take besides."""
