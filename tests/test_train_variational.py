@@ -19,6 +19,7 @@ from train_fixtures import (  # noqa: F401
 )
 
 from lm_eval_lora_ensemble.cli import main
+from lm_eval_lora_ensemble.disk import sha256
 from lm_eval_lora_ensemble.ensemble.members import find_ensemble
 from lm_eval_lora_ensemble.errors import EnsembleError, one_line
 from lm_eval_lora_ensemble.posterior.contract import Source, SourceAdapter
@@ -381,6 +382,21 @@ def test_a_stopped_run_ends_with_the_files_of_one_that_was_not(
     assert contents(train_members(recipe)) == contents(trained[name])
 
 
+@pytest.mark.parametrize("name", METHOD_KEYS)
+def test_the_command_draws_members_that_load_and_say_where_they_are_from(trained, tmp_path, name, capsys):
+    output = tmp_path / "drawn"
+    words = ["draws_per_member=2", "seed=3", f"output={output}"]
+    assert main(["draw", name, str(trained[name]), *words]) == 0
+    assert main(["check", str(output)]) == 0
+    assert "BROKEN" not in capsys.readouterr().out
+    manifest = json.loads((output / "ensemble.json").read_text())
+    states = manifest["method"]["settings"]["state"]
+    for member in ("member_00", "member_01"):
+        assert states[member] == {"file": FILE_NAME, "sha256": sha256(trained[name] / member / FILE_NAME)}
+    assert len(manifest["members"]) == 4
+    assert len({member.sha256 for member in find_ensemble(output).members}) == 4
+
+
 def test_the_state_has_equal_bytes_for_equal_numbers(tmp_path):
     tensors = {f"layer_{i}.lora_A.weight": torch.full((2, 2), float(i)) for i in range(9)}
     for place, items in (("one", tensors.items()), ("other", reversed(tensors.items()))):
@@ -416,7 +432,7 @@ def spoiled(tmp_path, how):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("missing", "has no posterior.safetensors, so it was not trained with optimizer: ivon; train"),
+        ("missing", "has no posterior.safetensors, which training with optimizer: ivon leaves beside"),
         ("garbage", "is not readable .*; copy the folder again"),
         ("other method", "is of 'blob', not of ivon; draw with 'blob'"),
         ("other shape", "is of another adapter: .*lora_A.* does not fit"),

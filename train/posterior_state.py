@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from lm_eval_lora_ensemble.disk import sha256
+from lm_eval_lora_ensemble.ensemble.adapters.folder import link_root, regular_file
 from lm_eval_lora_ensemble.errors import EnsembleError
 
 FILE_NAME = "posterior.safetensors"
@@ -64,16 +66,20 @@ class PosteriorState:
         from safetensors import SafetensorError, safe_open
 
         path = folder / FILE_NAME
-        if not path.is_file():
+        if not regular_file(folder, FILE_NAME, link_root(folder)):
             raise EnsembleError(
-                f"{folder} has no {FILE_NAME}, so it was not trained with {_KEYS[method]}; train with that key, "
+                f"{folder} has no {FILE_NAME}, which training with {_KEYS[method]} leaves beside an adapter; train so, "
                 "or draw by a method that takes any adapter"
             )
         try:
             with safe_open(str(path), framework="pt", device="cpu") as file:
                 header = json.loads((file.metadata() or {})[_HEADER])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            state = cls(header["method"], _numbers(header["settings"]), tensors)
+                found, settings = str(header["method"]), _numbers(header["settings"])
+                shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+                _refuse_misfit(path, shapes, adapter)
+                tensors = {name: file.get_tensor(name) for name in shapes}
+        except EnsembleError:
+            raise
         except (
             OSError,
             SafetensorError,
@@ -86,10 +92,12 @@ class PosteriorState:
             raise EnsembleError(
                 f"{path} is not readable ({type(error).__name__}: {error}); copy the folder again or train it again"
             ) from error
-        if state.method != method:
-            raise EnsembleError(f"{path} is of {state.method!r}, not of {method}; draw with {state.method!r}")
-        _refuse_misfit(path, tensors, adapter)
-        return state
+        if found != method:
+            raise EnsembleError(f"{path} is of {found!r}, not of {method}; draw with {found!r}")
+        for name, tensor in tensors.items():
+            if not (tensor.is_floating_point() and bool(torch.isfinite(tensor).all())):
+                raise EnsembleError(f"{path}: {name} has values that are not finite numbers; train it again")
+        return cls(method, settings, tensors)
 
 
 _KEYS = {"ivon": "optimizer: ivon", "blob": "posterior: blob"}
@@ -99,11 +107,12 @@ def _numbers(settings: Any) -> dict[str, float]:
     return {str(name): float(value) for name, value in settings.items()}
 
 
-def _refuse_misfit(
-    path: Path, tensors: Mapping[str, torch.Tensor], adapter: Mapping[str, torch.Tensor]
-) -> None:
-    for name, tensor in tensors.items():
-        if name not in adapter or adapter[name].shape != tensor.shape:
+def _refuse_misfit(path: Path, shapes: Mapping[str, list[int]], adapter: Mapping[str, torch.Tensor]) -> None:
+    for name, shape in shapes.items():
+        if name not in adapter or list(adapter[name].shape) != list(shape):
             raise EnsembleError(f"{path} is of another adapter: {name!r} does not fit; copy the folder again")
-        if not (tensor.is_floating_point() and bool(torch.isfinite(tensor).all())):
-            raise EnsembleError(f"{path}: {name} has values that are not finite numbers; train it again")
+
+
+def identity(folder: Path) -> dict[str, str]:
+    """Return which state the draws of an adapter depend on, for their manifest."""
+    return {"file": FILE_NAME, "sha256": sha256(folder / FILE_NAME)}

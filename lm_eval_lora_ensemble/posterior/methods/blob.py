@@ -16,7 +16,7 @@ from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.posterior.contract import AdapterState, Posterior, Source, SourceAdapter
 from lm_eval_lora_ensemble.posterior.registry import method
 from lm_eval_lora_ensemble.train.blob import is_a
-from lm_eval_lora_ensemble.train.posterior_state import FILE_NAME, PosteriorState
+from lm_eval_lora_ensemble.train.posterior_state import FILE_NAME, PosteriorState, identity
 
 
 @method(
@@ -25,7 +25,7 @@ from lm_eval_lora_ensemble.train.posterior_state import FILE_NAME, PosteriorStat
     needs="state",
     source="Wang et al. 2024, arXiv 2406.11675",
 )
-def fit(source: Source, data: None) -> BlobPosterior:  # noqa: ARG001 - the contract's
+def fit(source: Source, data: None) -> BlobPosterior:  # noqa: ARG001 - every method's signature
     """Read the Gaussian that was trained with an adapter.
 
     Args:
@@ -63,6 +63,7 @@ class BlobPosterior(Posterior):
         self.settings: Mapping[str, Any] = {
             "mean_deviation": sum(deviations) / max(1, len(deviations)),
             "prior_deviation": trained.settings.get("prior"),
+            "state": identity(adapter.folder),
         }
 
     def draw(self, generator: torch.Generator) -> AdapterState:

@@ -14,9 +14,10 @@ import torch
 
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.posterior.contract import AdapterState, Posterior, Source, SourceAdapter
-from lm_eval_lora_ensemble.posterior.registry import Option, method
+from lm_eval_lora_ensemble.posterior.options import Option
+from lm_eval_lora_ensemble.posterior.registry import method
 from lm_eval_lora_ensemble.train.ivon import standard_deviation
-from lm_eval_lora_ensemble.train.posterior_state import FILE_NAME, PosteriorState
+from lm_eval_lora_ensemble.train.posterior_state import FILE_NAME, PosteriorState, identity
 
 
 @method(
@@ -32,7 +33,7 @@ from lm_eval_lora_ensemble.train.posterior_state import FILE_NAME, PosteriorStat
         )
     },
 )
-def fit(source: Source, data: None, *, ess: float | None = None) -> IvonPosterior:  # noqa: ARG001 - the contract's
+def fit(source: Source, data: None, *, ess: float | None = None) -> IvonPosterior:  # noqa: ARG001 - every method's signature
     """Read the Gaussian that was trained with an adapter.
 
     Args:
@@ -76,7 +77,11 @@ class IvonPosterior(Posterior):
                 "train it again"
             )
         self._decay = decay
-        self.settings: Mapping[str, Any] = {"ess": used, "weight_decay": decay}
+        self.settings: Mapping[str, Any] = {
+            "ess": used,
+            "weight_decay": decay,
+            "state": identity(adapter.folder),
+        }
 
     def draw(self, generator: torch.Generator) -> AdapterState:
         """Draw one adapter: one stream of normal numbers over the tensors in the order of their names."""
