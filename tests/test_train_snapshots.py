@@ -151,8 +151,14 @@ def test_what_would_keep_nothing_is_refused_before_anything_is_written(folder, t
         ({"ivon_ess": 10}, "ivon_ess is for optimizer=ivon, not for adamw; remove one of the two"),
         ({"blob_prior": 1}, "blob_prior is for posterior=blob, not for none; remove one of the two"),
         ({"optimizer": "ivon", "posterior": "blob"}, "trains one posterior and posterior=blob another"),
-        ({"optimizer": "ivon", "dora": True}, "ivon has no posterior over DoRA's magnitudes"),
-        ({"posterior": "blob", "dora": True}, "blob has no posterior over DoRA's magnitudes"),
+        (
+            {"optimizer": "ivon", "dora": True},
+            "optimizer=ivon has none over DoRA's magnitudes; remove it, or dora",
+        ),
+        (
+            {"posterior": "blob", "dora": True},
+            "posterior=blob has none over DoRA's magnitudes; remove it, or dora",
+        ),
         ({"optimizer": "sgd"}, "optimizer is 'sgd', it must be one of adamw, ivon"),
     ],
 )

@@ -15,6 +15,7 @@ import yaml
 
 from lm_eval_lora_ensemble.disk import recipes_folder
 from lm_eval_lora_ensemble.errors import EnsembleError, nearest
+from lm_eval_lora_ensemble.train.recipe_checks import check_together
 from lm_eval_lora_ensemble.train.recipe_keys import (
     Rule,
     choice,
@@ -314,7 +315,7 @@ class Recipe:
             if values.get(name) in (None, "", []):
                 raise EnsembleError(f"{where}: no {name}; add a line '{name}: …' or give {name}=…")
         recipe = cls(**{name: _checked(name, value, where) for name, value in values.items()})
-        _check_together(recipe, where)
+        check_together(asdict(recipe), DEFAULTS, where)
         return recipe
 
     def as_mapping(self, *, operational: bool = True) -> dict[str, Any]:
@@ -349,6 +350,7 @@ class Recipe:
 
 RULES: dict[str, Rule] = {field.name: field.metadata["rule"] for field in fields(Recipe)}
 REQUIRED = tuple(field.name for field in fields(Recipe) if field.default is MISSING)
+DEFAULTS = {field.name: field.default for field in fields(Recipe) if field.default is not MISSING}
 OPERATIONAL = frozenset(field.name for field in fields(Recipe) if field.metadata["operational"])
 """Keys that say how a run is carried out, not what it computes: they may change when a run is resumed."""
 
@@ -393,50 +395,3 @@ def _checked(name: str, value: Any, where: str) -> Any:
         return rule.convert(value)
     except (ValueError, TypeError, OverflowError):
         raise EnsembleError(f"{where}: {name} is {value!r}, it must be {rule.expectation}") from None
-
-
-def _check_together(recipe: Recipe, where: str) -> None:
-    """Refuse values that are each fine but not together."""
-    if recipe.early_stopping is not None and recipe.validation_limit == 0:
-        raise EnsembleError(f"{where}: early_stopping needs validation documents, validation_limit is 0")
-    _check_owners(recipe, where)
-    _check_posterior(recipe, where)
-    given = len(recipe.initial_adapters)
-    if given not in (0, 1, recipe.members):
-        raise EnsembleError(
-            f"{where}: initial_adapters names {given} folders for {recipe.members} members; "
-            "give one ensemble folder, one adapter for all, or one for each member"
-        )
-
-
-_OWNED = {
-    ("choice_scores", "choice_temperature"): ("objective", "choices"),
-    ("ivon_ess", "ivon_hess_init", "ivon_beta1", "ivon_beta2", "ivon_clip_radius"): ("optimizer", "ivon"),
-    ("blob_epsilon", "blob_prior", "blob_kl_learning_rate"): ("posterior", "blob"),
-}
-"""Keys that mean something under one value of another key alone."""
-
-
-def _check_owners(recipe: Recipe, where: str) -> None:
-    for names, (owner, value) in _OWNED.items():
-        for name in names:
-            changed = getattr(recipe, name) != Recipe.__dataclass_fields__[name].default
-            if changed and getattr(recipe, owner) != value:
-                raise EnsembleError(
-                    f"{where}: {name} is for {owner}={value}, not for {getattr(recipe, owner)}; remove one of the two"
-                )
-
-
-def _check_posterior(recipe: Recipe, where: str) -> None:
-    if recipe.swa_learning_rate is not None and recipe.swa_start is None:
-        raise EnsembleError(
-            f"{where}: swa_learning_rate without swa_start; say where it begins, for example swa_start: 0.75"
-        )
-    if recipe.optimizer == "ivon" and recipe.posterior != "none":
-        raise EnsembleError(
-            f"{where}: optimizer=ivon trains one posterior and posterior={recipe.posterior} another; remove one"
-        )
-    if recipe.dora and recipe.variational:
-        raise EnsembleError(
-            f"{where}: {recipe.variational} has no posterior over DoRA's magnitudes; remove it, or dora"
-        )
