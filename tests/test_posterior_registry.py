@@ -122,5 +122,5 @@ def test_names_of_others_are_refused():
 def test_a_broken_module_of_somebody_elses_is_left_out_with_a_warning(monkeypatch, caplog):
     broken = EntryPoint("broken", "no_such_module_here", registry.ENTRY_POINTS)
     monkeypatch.setattr(registry, "entry_points", lambda group: [broken])
-    assert "swag" in registry.Registry()
+    assert not list(registry.Registry())  # the package's own are imported already and registered elsewhere
     assert "the posteriors of no_such_module_here cannot be loaded (ModuleNotFoundError" in caplog.text
