@@ -6,8 +6,9 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_lora_ensemble.ensemble.writer import member_name
 from lm_eval_lora_ensemble.errors import EnsembleError
-from lm_eval_lora_ensemble.train.folder import EnsembleFolder, member_name
+from lm_eval_lora_ensemble.train.folder import EnsembleFolder
 
 if TYPE_CHECKING:
     from lm_eval_lora_ensemble.train.recipe import Recipe

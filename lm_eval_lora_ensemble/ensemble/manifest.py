@@ -118,7 +118,7 @@ class MemberEntry:
 
     def as_mapping(self) -> dict[str, Any]:
         """Return what a file says of it: nothing of steps, draw and provenance where there are none."""
-        absent = {"steps": {}, "draw": None, "provenance": None}
+        absent: dict[str, Any] = {"steps": {}, "draw": None, "provenance": None}
         return {key: value for key, value in asdict(self).items() if absent.get(key, ...) != value}
 
 

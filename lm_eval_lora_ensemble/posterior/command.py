@@ -38,6 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder = draw(arguments.method, arguments.source, **split_words(arguments.settings))
     drawn = Manifest.read(folder)
     assert drawn.method is not None
-    print(f"Drew {len(drawn.members)} members by {drawn.method.described()} in {folder}")
+    count = len(drawn.members)
+    print(f"Drew {count} member{'s' if count > 1 else ''} by {drawn.method.described()} in {folder}")
     print(f"Evaluate: lm_eval --model lora-ensemble --model_args adapters={folder} --tasks TASK")
     return 0

@@ -141,10 +141,15 @@ class Drawing:
                 self._verify(name)
             return self.path
         with self._claimed():
-            fitted = [self._draw_from(index) for index in range(len(self.sources))]
-            names = [member_name(i) for i in range(fitted[0].draws * len(self.sources))]
-            self.writer.finish(self._manifest(names, fitted))
+            self._draw_all()
         return self.path
+
+    def _draw_all(self) -> None:
+        if self.writer.complete:  # by another process, meanwhile
+            return
+        fitted = [self._draw_from(index) for index in range(len(self.sources))]
+        names = [member_name(i) for i in range(fitted[0].draws * len(self.sources))]
+        self.writer.finish(self._manifest(names, fitted))
 
     def _refuse_another(self) -> None:
         """Refuse a folder that something else fills, or that other settings have begun."""

@@ -109,10 +109,10 @@ def _read(value: Any, kind: Callable[[str], Any]) -> Any:
             raise ValueError
         return number
     if kind is float:
-        number = float(value)
-        if not math.isfinite(number):
+        real = float(value)
+        if not math.isfinite(real):
             raise ValueError
-        return number
+        return real
     return kind(value if isinstance(value, str) or kind is not str else str(value))
 
 

@@ -18,7 +18,7 @@ from lm_eval_lora_ensemble.ensemble import members
 from lm_eval_lora_ensemble.ensemble.adapters.config import AdapterConfig
 from lm_eval_lora_ensemble.ensemble.adapters.folder import CONFIG, WEIGHTS, check_adapter
 from lm_eval_lora_ensemble.ensemble.listing import refuse_unfinished
-from lm_eval_lora_ensemble.ensemble.manifest import Manifest
+from lm_eval_lora_ensemble.ensemble.manifest import FILE_NAME, Manifest
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.posterior.contract import Source, SourceAdapter
 from lm_eval_lora_ensemble.posterior.registry import Method
@@ -82,7 +82,8 @@ def find_source(adapters: str, member: int | None = None) -> Found:
     folder = Path(adapters).expanduser()
     if folder.is_dir():
         refuse_unfinished(folder)
-        if (folder / "config.json").is_file() and not (folder / CONFIG).is_file():
+        adapters_here = any((folder / name).is_file() for name in (CONFIG, FILE_NAME))
+        if (folder / "config.json").is_file() and not adapters_here:
             raise EnsembleError(
                 f"{folder} is a whole model; an adapter that was merged into its base has no A and B left to draw: "
                 "name the adapter's own folder"

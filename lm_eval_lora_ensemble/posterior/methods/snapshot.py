@@ -41,7 +41,7 @@ class SnapshotPosterior(ListedPosterior):
     title="snapshots of one run, from the last back",
     needs="snapshots",
     source="arXiv 1704.00109",
-    options={"every": Option(1, "take every so manieth snapshot, counted from the last", minimum=1)},
+    options={"every": Option(1, "take every k-th snapshot, counted from the last", minimum=1)},
 )
 def fit(source: Source, data: None, *, every: int) -> SnapshotPosterior:  # noqa: ARG001 - every method's signature
     """Take snapshots from the last one back; with ``draws=K`` the last K.
