@@ -87,7 +87,7 @@ class BlobOptimiser(AdamWOptimiser):
         rate = self.recipe.blob_kl_learning_rate * course / self.steps_per_epoch
         values[self.of_a] -= rate * of_mean
         self.tensors.put(values)
-        self.root -= rate * of_root
+        self.root.sub_(rate * of_root)
         return norm
 
     def posterior(self) -> PosteriorState:

@@ -87,7 +87,7 @@ def course() -> Rule:
 
     def convert(value: Any) -> float:
         number = share if not isinstance(value, bool) and float(value) < 1 else steps
-        return number.convert(value)  # type: ignore[no-any-return]
+        return number.convert(value)
 
     return Rule(
         "a share of the run below 1, or a whole number of steps", convert, anyOf=[share.schema, steps.schema]

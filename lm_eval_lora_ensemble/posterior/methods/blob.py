@@ -23,7 +23,7 @@ from lm_eval_lora_ensemble.train.posterior_state import FILE_NAME, PosteriorStat
     name="blob",
     title="the Gaussian over A that BLoB trained",
     needs="state",
-    source="Wang et al. 2024, arXiv 2406.11675",
+    source="arXiv 2406.11675",
 )
 def fit(source: Source, data: None) -> BlobPosterior:  # noqa: ARG001 - every method's signature
     """Read the Gaussian that was trained with an adapter.

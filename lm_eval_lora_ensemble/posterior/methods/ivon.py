@@ -24,7 +24,7 @@ from lm_eval_lora_ensemble.train.posterior_state import FILE_NAME, PosteriorStat
     name="ivon",
     title="the Gaussian that the optimiser IVON trained",
     needs="state",
-    source="Shen et al. 2024, arXiv 2402.17641",
+    source="arXiv 2402.17641",
     options={
         "ess": Option(
             None,
