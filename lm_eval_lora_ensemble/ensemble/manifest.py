@@ -86,9 +86,9 @@ class MemberEntry:
         folder: the member's final adapter, relative to the ensemble folder.
         seed: seed of its initialisation, data order and dropout.
         epochs: folder of each kept epoch's adapter by epoch (1, 2, …), relative to the ensemble folder.
-        steps: folder of each kept optimiser step's adapter by step, relative to the ensemble folder.
         files: sha256 of every adapter file by its path relative to the ensemble folder.
         status: ``complete``, or what is missing.
+        steps: folder of each kept optimiser step's adapter by step, relative to the ensemble folder.
         draw: the number of the draw from its source, from 0; None for members that were trained.
         provenance: what it was drawn from; None for members that were trained.
     """
@@ -97,9 +97,9 @@ class MemberEntry:
     folder: str
     seed: int | None = None
     epochs: dict[int, str] = field(default_factory=dict)
-    steps: dict[int, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     status: str = "complete"
+    steps: dict[int, str] = field(default_factory=dict)
     draw: int | None = None
     provenance: Provenance | None = None
 
