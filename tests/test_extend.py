@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import PROJECT
+from safetensors.torch import load_file
 
 PAGE = (PROJECT / "docs" / "extend.md").read_text(encoding="utf-8")
 FILES = re.findall(r"`([\w.]+)`[^\n`]*:\n\n```\w+\n(.*?)```", PAGE, re.DOTALL)
@@ -19,9 +21,10 @@ COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) fo
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(tmp_path_factory, ensemble) -> Path:
     """The page's folder after all of its commands; ``pip install`` goes beside it, not into this environment."""
     place = tmp_path_factory.mktemp("extend")
+    shutil.copytree(ensemble / "member_00", place / "my_adapter")
     for name, text in FILES:
         (place / name).write_text(text, encoding="utf-8")
     for number, command in enumerate(COMMANDS):
@@ -55,9 +58,11 @@ def run(command: str, place: Path) -> str:
 
 def test_the_page_has_the_files_and_commands_that_this_test_runs():
     assert [name for name, _ in FILES] == [
-        "sure_metrics.py", "pyproject.toml", "trees.yaml", "trees.jsonl", "plot_entropies.py"
+        "sure_metrics.py", "pyproject.toml", "trees.yaml", "trees.jsonl", "plot_entropies.py", "jitter.py"
     ]  # fmt: skip
-    assert [command.split()[0] for command in COMMANDS] == ["pip", "lm_eval", "lora-ensemble", "python"]
+    assert [command.split()[0] for command in COMMANDS] == [
+        "pip", "lm_eval", "lora-ensemble", "python", "lora-ensemble", "lm_eval"
+    ]  # fmt: skip
 
 
 def test_the_new_metrics_are_in_lm_evals_table_when_asked_for(folder):
@@ -94,3 +99,22 @@ def test_the_new_metric_has_its_column_in_the_leaderboard(folder):
 def test_the_new_figure_is_drawn(folder):
     assert (folder / "entropies.svg").read_bytes().startswith(b"<?xml")
     assert (folder / "entropies.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_new_posterior_draws_what_it_declares(folder):
+    own = load_file(folder / "my_adapter" / "adapter_model.safetensors")
+    drawn = [
+        load_file(path / "adapter_model.safetensors") for path in sorted((folder / "drawn").glob("member_*"))
+    ]
+    assert len(drawn) == 5
+    noise = np.stack([np.concatenate([(one[n] - own[n]).flatten() for n in own]) for one in drawn])
+    # 5 × 2,016 normal numbers: the standard error of a mean is 1 %, of a deviation 0.7 % of it
+    assert abs(noise.mean()) < 0.05 * 0.02
+    assert noise.std() == pytest.approx(0.02, rel=0.04)
+
+
+def test_the_new_posterior_is_named_in_results(folder):
+    (file,) = (folder / "jittered").rglob("results_*.json")
+    said = json.loads(file.read_text())["config"]["lora_ensemble"]
+    assert (said["method"]["name"], said["method"]["settings"]) == ("jitter", {"sd": 0.02})
+    assert [member["draw"] for member in said["members"]] == [0, 1, 2, 3, 4]

@@ -16,11 +16,20 @@ from lm_eval_lora_ensemble.train.run import train_members
 HARNESS = Path(__file__).with_name("train_kill_harness.py")
 
 
+VARIATIONAL = {"ivon": {"optimizer": "ivon", "learning_rate": 0.03}, "blob": {"posterior": "blob"}}
+
+
 @pytest.mark.parametrize(
-    "kills", [pytest.param(8, id="8-kills"), pytest.param(32, id="32-kills", marks=pytest.mark.long)]
+    ("kills", "method"),
+    [
+        pytest.param(8, "ivon", id="8-kills"),
+        pytest.param(32, "point", id="32-kills", marks=pytest.mark.long),
+        pytest.param(16, "blob", id="16-kills-blob", marks=pytest.mark.long),
+    ],
 )
-def test_sigkill_at_any_instant_changes_nothing(tmp_path, kills):
-    setting = {"epochs": 3, "dropout": 0.1, "checkpoint_steps": 2, "members": 2}
+def test_sigkill_at_any_instant_changes_nothing(tmp_path, kills, method):
+    setting = {"epochs": 3, "dropout": 0.1, "checkpoint_steps": 2, "members": 2, "keep_snapshots": 4}
+    setting |= VARIATIONAL.get(method, {})
     start = time.monotonic()
     reference = train_members(make_recipe(tmp_path, output=str(tmp_path / "reference"), **setting))
     seconds = time.monotonic() - start

@@ -19,8 +19,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from lm_eval_lora_ensemble.ensemble.writer import member_name
 from lm_eval_lora_ensemble.harness import rendering
-from lm_eval_lora_ensemble.train.folder import EnsembleFolder, member_name
+from lm_eval_lora_ensemble.train.folder import EnsembleFolder
 from lm_eval_lora_ensemble.train.recipe import Recipe
 from lm_eval_lora_ensemble.train.trainer import Trainer
 

@@ -4,8 +4,8 @@
 
 One process imports everything once and forks a child for every attempt, so that an attempt costs its
 training and not its imports. Half of the kills fall at random instants of a whole run; the others wait until
-the child reports that it is in the middle of a step, a checkpoint, an epoch's adapters or a member's final
-files, and fall a random moment later. Prints one JSON object: what each child died of, and where.
+the child reports that it is in the middle of a step, a checkpoint, an epoch's or a snapshot's adapters or a
+member's final files, and fall a random moment later. Prints one JSON object: what each child died of, and where.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ PHASES = {
     "checkpoint": (checkpoint, "_fill"),
     "retire": (checkpoint.shutil, "rmtree"),
     "epoch": (folder.EnsembleFolder, "write_epoch"),
+    "snapshot": (folder.EnsembleFolder, "write_snapshot"),
     "measure": (trainer.Trainer, "_measure"),
     "finish": (folder.EnsembleFolder, "finish_member"),
 }

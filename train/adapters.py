@@ -13,6 +13,7 @@ from lm_eval_lora_ensemble.errors import EnsembleError, first_line
 
 if TYPE_CHECKING:
     from lm_eval_lora_ensemble.train.base import Base
+    from lm_eval_lora_ensemble.train.posterior_state import PosteriorState
     from lm_eval_lora_ensemble.train.recipe import Recipe
 
 
@@ -152,8 +153,16 @@ def load_initial(model: Any, name: str, folder: Path) -> None:
         )
 
 
-def save(folder: Path, *, weights: dict[str, torch.Tensor], config: Any, card: str, recipe_yaml: str) -> None:
-    """Write a PEFT adapter folder into the existing, empty ``folder``."""
+def save(
+    folder: Path,
+    *,
+    weights: dict[str, torch.Tensor],
+    config: Any,
+    card: str,
+    recipe_yaml: str,
+    posterior: PosteriorState | None = None,
+) -> None:
+    """Write a PEFT adapter folder into the existing, empty ``folder``, and beside it what its optimiser learnt."""
     from safetensors.torch import save_file
 
     config = copy.deepcopy(config)
@@ -166,6 +175,8 @@ def save(folder: Path, *, weights: dict[str, torch.Tensor], config: Any, card: s
     save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
     (folder / "README.md").write_text(card, encoding="utf-8")
     (folder / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
+    if posterior is not None:
+        posterior.write(folder)
 
 
 def lora_layers(model: Any) -> dict[str, Any]:

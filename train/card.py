@@ -30,12 +30,19 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}")
 | Trained on | the training split of {task} (lm-eval), objective `{objective}` |
 | Seed | {seed} |
 | Adapter | rank {rank}, alpha {alpha:g}, dropout {dropout:g}, on {modules} |
-| Optimiser | AdamW, learning rate {learning_rate:g}, weight decay {weight_decay:g}, λ of ‖B·A‖² {lora_l2:g} |
+| Optimiser | {optimiser}, learning rate {learning_rate:g}, weight decay {weight_decay:g}, λ of ‖B·A‖² {lora_l2:g} |
 | Trained for | {epochs} epochs, {steps} steps of {documents} documents |
 
-The members differ in their seed alone. `recipe.yaml` holds every setting; the ensemble is evaluated with
+{posterior}The members differ in their seed alone. `recipe.yaml` holds every setting; the ensemble is evaluated with
 `lm_eval --model lora-ensemble --model_args adapters=FOLDER`, where FOLDER is the folder above this one.
 The base model's licence and limits apply. The member has not been evaluated beyond metrics.jsonl there.
+"""
+
+_OPTIMISERS = {"adamw": "AdamW", "ivon": "IVON", "blob": "AdamW on BLoB's bound"}
+
+_POSTERIOR = """It is the mean of a Gaussian, whose spread is in `posterior.safetensors`;
+`lora-ensemble draw {method}` draws from it.
+
 """
 
 
@@ -51,6 +58,7 @@ def model_card(recipe: Recipe, base: str, name: str, *, seed: int, epochs: int, 
         steps: optimiser steps behind them.
     """
     modules = recipe.target_modules
+    variational = recipe.variational
     return _CARD.format(
         base=Path(base).name if Path(base).is_absolute() else base,
         name=name,
@@ -63,6 +71,8 @@ def model_card(recipe: Recipe, base: str, name: str, *, seed: int, epochs: int, 
         rank=recipe.rank,
         alpha=recipe.alpha,
         dropout=recipe.dropout,
+        optimiser=_OPTIMISERS[variational or "adamw"],
+        posterior=_POSTERIOR.format(method=variational) if variational else "",
         modules=modules if isinstance(modules, str) else ", ".join(modules),
         learning_rate=recipe.learning_rate,
         weight_decay=recipe.weight_decay,

@@ -1,6 +1,6 @@
 """Checkpoints that a kill at any instant cannot spoil.
 
-    .training/member_00/step_00000120/state.safetensors   parameters and AdamW moments
+    .training/member_00/step_00000120/state.safetensors   parameters and the optimiser's moments
                                       progress.json       epoch records, running loss, early stopping
                                       manifest.json       sha256 of both
 

@@ -1,10 +1,11 @@
-"""What both ways of training share: an optimiser for each member, and the interface of a step."""
+"""What both ways of training share: which optimiser a member has, and the interface of a step."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,72 +13,34 @@ import numpy.typing as npt
 import torch
 
 from lm_eval_lora_ensemble.errors import EnsembleError
+from lm_eval_lora_ensemble.train.blob import BlobOptimiser
+from lm_eval_lora_ensemble.train.ivon import IvonOptimiser
+from lm_eval_lora_ensemble.train.optimiser import AdamWOptimiser, MemberOptimiser
 
 if TYPE_CHECKING:
     from lm_eval_lora_ensemble.train.layout import Layout
+    from lm_eval_lora_ensemble.train.optimiser import MemberTensors
     from lm_eval_lora_ensemble.train.order import MicroBatch
     from lm_eval_lora_ensemble.train.recipe import Recipe
 
 
-class MemberOptimiser:
-    """One member's AdamW, gradient clipping and learning-rate schedule.
+def member_optimiser(
+    tensors: MemberTensors, recipe: Recipe, total_steps: int, *, seed: int, documents: int
+) -> MemberOptimiser:
+    """Return the optimiser that a recipe gives a member.
 
     Args:
-        parameters: the member's own parameters.
-        recipe: learning rate, weight decay, clipping and schedule.
-        total_steps: optimiser steps of the whole run, which the schedule spans.
+        tensors: the member's own.
+        recipe: which optimiser, and its settings.
+        total_steps: optimiser steps of the whole run.
+        seed: the member's, for the draws of its weights.
+        documents: number of training documents.
     """
-
-    def __init__(self, parameters: Sequence[torch.nn.Parameter], recipe: Recipe, total_steps: int) -> None:
-        self.parameters = list(parameters)
-        self.recipe = recipe
-        self.total_steps = total_steps
-        self.adamw = torch.optim.AdamW(
-            self.parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
-        )
-
-    def step(self, step: int) -> float:
-        """Clip, update with the rate of ``step`` (from 0), and return the gradient's norm before clipping."""
-        clip = self.recipe.gradient_clip
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, math.inf if clip is None else clip)
-        for group in self.adamw.param_groups:
-            group["lr"] = learning_rate(self.recipe, step, self.total_steps)
-        self.adamw.step()
-        return float(norm)
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """Return parameters and moments by name, for a checkpoint."""
-        tensors = {}
-        for i, parameter in enumerate(self.parameters):
-            tensors[f"{i}.parameter"] = parameter.detach()
-            for name, value in self.adamw.state[parameter].items():
-                tensors[f"{i}.{name}"] = value
-        return tensors
-
-    def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Take back what :meth:`state` returned."""
-        for i, parameter in enumerate(self.parameters):
-            prefix = f"{i}."
-            state = {key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)}
-            with torch.no_grad():
-                parameter.copy_(state.pop("parameter"))
-            self.adamw.state[parameter] = {
-                name: value.clone() if name == "step" else value.to(parameter.device, copy=True)
-                for name, value in state.items()
-            }
-
-
-def learning_rate(recipe: Recipe, step: int, total_steps: int) -> float:
-    """Return the learning rate of step ``step`` (from 0): linear warm-up, then the schedule down to 0."""
-    if step < recipe.warmup_steps:
-        return recipe.learning_rate * (step + 1) / (recipe.warmup_steps + 1)
-    done = (step - recipe.warmup_steps) / max(1, total_steps - recipe.warmup_steps)
-    factor = {
-        "constant": 1.0,
-        "linear": 1.0 - done,
-        "cosine": 0.5 * (1.0 + math.cos(math.pi * done)),
-    }[recipe.schedule]
-    return recipe.learning_rate * factor
+    if recipe.variational == "ivon":
+        return IvonOptimiser(tensors, recipe, total_steps, seed=seed)
+    if recipe.variational == "blob":
+        return BlobOptimiser(tensors, recipe, total_steps, seed=seed, documents=documents)
+    return AdamWOptimiser(tensors, recipe, total_steps)
 
 
 def refuse_nonfinite_loss(losses: dict[str, float], step: int) -> None:
@@ -130,6 +93,17 @@ class Engine(ABC):
     @abstractmethod
     def weights(self, name: str) -> dict[str, torch.Tensor]:
         """Return a member's adapter weights by their names in ``adapter_model.safetensors``."""
+
+    @contextmanager
+    def sampling(self, step: int, members: Sequence[str]) -> Iterator[None]:
+        """Hold the members' weights where a step's gradients are taken: at a draw, under a variational optimiser."""
+        for name in members:
+            self.optimiser(name).sample(step)
+        try:
+            yield
+        finally:
+            for name in members:
+                self.optimiser(name).restore()
 
     @abstractmethod
     def optimiser(self, name: str) -> MemberOptimiser:

@@ -13,15 +13,17 @@ import torch
 from lm_eval_lora_ensemble.train.adapters import lora_layers
 from lm_eval_lora_ensemble.train.engine import (
     Engine,
-    MemberOptimiser,
     checkpoint_layers,
+    member_optimiser,
     refuse_nonfinite_loss,
 )
 from lm_eval_lora_ensemble.train.objective import ScoredHead, document_losses, loglikelihoods
+from lm_eval_lora_ensemble.train.optimiser import MemberTensors
 from lm_eval_lora_ensemble.train.stacked import Lineup, MemberMatrix, StackedLoRALinear
 
 if TYPE_CHECKING:
     from lm_eval_lora_ensemble.train.layout import Layout
+    from lm_eval_lora_ensemble.train.optimiser import MemberOptimiser
     from lm_eval_lora_ensemble.train.order import MicroBatch
     from lm_eval_lora_ensemble.train.recipe import Recipe
 
@@ -56,7 +58,13 @@ class JointEngine(Engine):
         self.head = ScoredHead(model.base_model.model)
         self.stacked, self.matrix = stack(model, self.names, self.lineup)
         self._optimisers = {
-            name: MemberOptimiser([row], recipe, total_steps)
+            name: member_optimiser(
+                MemberTensors([row], self._tensor_names(), self.matrix.shapes),
+                recipe,
+                total_steps,
+                seed=members[name],
+                documents=len(layout),
+            )
             for name, row in zip(self.names, self.matrix.rows(), strict=True)
         }
         if recipe.gradient_checkpointing:
@@ -67,15 +75,16 @@ class JointEngine(Engine):
         self.matrix.gradients.zero_()
         documents = sum(len(part.documents[0]) for part in batches)
         totals = dict.fromkeys(active, 0.0)
-        for number, part in enumerate(batches):
-            tokens = len(part.documents[0]) * self.layout.rows_per_document * part.length
-            for names in self._together(active, tokens):
-                losses = self._gradients(names, part, step, number) / documents
-                for name, loss in zip(names, losses.tolist(), strict=True):
-                    totals[name] += loss
-        refuse_nonfinite_loss(totals, step + 1)
-        self.matrix.gradients.div_(documents)
-        self._add_penalty_gradients()
+        with self.sampling(step, active):
+            for number, part in enumerate(batches):
+                tokens = len(part.documents[0]) * self.layout.rows_per_document * part.length
+                for names in self._together(active, tokens):
+                    losses = self._gradients(names, part, step, number) / documents
+                    for name, loss in zip(names, losses.tolist(), strict=True):
+                        totals[name] += loss
+            refuse_nonfinite_loss(totals, step + 1)
+            self.matrix.gradients.div_(documents)
+            self._add_penalty_gradients()
         for name in active:
             self._optimisers[name].step(step)
         return totals
@@ -141,11 +150,18 @@ class JointEngine(Engine):
     def weights(self, name: str) -> dict[str, torch.Tensor]:
         """See :meth:`Engine.weights`."""
         member = self.names.index(name)
-        state = {}
-        for layer_name, layer in self.stacked.items():
-            state[f"base_model.model.{layer_name}.lora_A.weight"] = layer.A[member].detach()
-            state[f"base_model.model.{layer_name}.lora_B.weight"] = layer.B[member].detach()
-        return state
+        tensors = [
+            matrix[member].detach() for layer in self.stacked.values() for matrix in (layer.A, layer.B)
+        ]
+        return dict(zip(self._tensor_names(), tensors, strict=True))
+
+    def _tensor_names(self) -> list[str]:
+        """Return what adapter_model.safetensors calls a member's tensors, in the order of the matrix's columns."""
+        return [
+            f"base_model.model.{layer}.{kind}.weight"
+            for layer in self.stacked
+            for kind in ("lora_A", "lora_B")
+        ]
 
     def optimiser(self, name: str) -> MemberOptimiser:
         """See :meth:`Engine.optimiser`."""

@@ -13,8 +13,8 @@ import torch
 from lm_eval_lora_ensemble.train.adapters import lora_layers
 from lm_eval_lora_ensemble.train.engine import (
     Engine,
-    MemberOptimiser,
     checkpoint_layers,
+    member_optimiser,
     refuse_nonfinite_loss,
 )
 from lm_eval_lora_ensemble.train.objective import (
@@ -23,9 +23,11 @@ from lm_eval_lora_ensemble.train.objective import (
     loglikelihoods,
     squared_norm_of_product,
 )
+from lm_eval_lora_ensemble.train.optimiser import MemberTensors
 
 if TYPE_CHECKING:
     from lm_eval_lora_ensemble.train.layout import Layout
+    from lm_eval_lora_ensemble.train.optimiser import MemberOptimiser
     from lm_eval_lora_ensemble.train.order import MicroBatch
     from lm_eval_lora_ensemble.train.recipe import Recipe
 
@@ -54,18 +56,29 @@ class PlainEngine(Engine):
         self._optimisers = {}
         for name in self.names:
             self._select(name)
-            own = [parameter for key, parameter in model.named_parameters() if f".{name}." in key]
-            self._optimisers[name] = MemberOptimiser(own, recipe, total_steps)
+            own = {
+                key.replace(f".{name}.", "."): parameter
+                for key, parameter in model.named_parameters()
+                if f".{name}." in key
+            }
+            self._optimisers[name] = member_optimiser(
+                MemberTensors(list(own.values()), list(own), [parameter.shape for parameter in own.values()]),
+                recipe,
+                total_steps,
+                seed=members[name],
+                documents=len(layout),
+            )
         if recipe.gradient_checkpointing:
             checkpoint_layers(self.head.model)
 
     def step(self, batches: Sequence[MicroBatch], step: int, active: Sequence[str]) -> dict[str, float]:
         """Take the members' gradients in turn, then update them all; see :meth:`Engine.step`."""
-        losses = {name: self._gradients(name, batches, step) for name in active}
-        refuse_nonfinite_loss(losses, step + 1)
+        with self.sampling(step, active):
+            losses = {name: self._gradients(name, batches, step) for name in active}
+            refuse_nonfinite_loss(losses, step + 1)
         for name in active:
             self._optimisers[name].step(step)
-            self._optimisers[name].adamw.zero_grad()
+            self._optimisers[name].zero_gradients()
         return losses
 
     def _gradients(self, name: str, batches: Sequence[MicroBatch], step: int) -> float:

@@ -15,13 +15,16 @@ import yaml
 
 from lm_eval_lora_ensemble.disk import recipes_folder
 from lm_eval_lora_ensemble.errors import EnsembleError, nearest
+from lm_eval_lora_ensemble.train.recipe_checks import check_together
 from lm_eval_lora_ensemble.train.recipe_keys import (
     Rule,
     choice,
     commit,
+    course,
     flag,
     fraction,
     integer,
+    interval,
     key,
     layer_numbers,
     module_names,
@@ -106,22 +109,76 @@ class Recipe:
         "Decoder layers to adapt, counted from 0, a range's ends included; null is all.",
     )
 
+    optimizer: str = key(
+        "adamw",
+        choice("adamw", "ivon"),
+        "adamw, or ivon: AdamW's cost, and a Gaussian over A and B, which lora-ensemble draw ivon draws from.",
+        section="The optimiser",
+    )
     learning_rate: float = key(
-        2e-4, positive(), "AdamW's learning rate after the warm-up.", section="The optimiser"
+        2e-4,
+        positive(),
+        "The learning rate after the warm-up; IVON's is larger, 0.03 in the literature on LoRA.",
     )
     schedule: str = key(
         "constant",
         choice("constant", "linear", "cosine"),
         "Course of the learning rate after the warm-up; linear and cosine fall to 0 at the last step.",
     )
+    swa_start: float | None = key(
+        None,
+        optional(course()),
+        "Where the course of the learning rate ends and swa_learning_rate begins, after that share of the run or so "
+        "many steps; null nowhere.",
+    )
+    swa_learning_rate: float | None = key(
+        None,
+        optional(positive()),
+        "The constant learning rate from swa_start on; null is learning_rate.",
+    )
     warmup_steps: int = key(0, integer(0), "Optimiser steps in which the learning rate rises linearly.")
-    weight_decay: float = key(0.0, nonnegative(), "AdamW's decoupled weight decay of A and B.")
+    weight_decay: float = key(
+        0.0,
+        nonnegative(),
+        "AdamW's decoupled weight decay of A and B; IVON's δ, a prior precision of ivon_ess · δ.",
+    )
     lora_l2: float = key(
         0.0, nonnegative(), "λ of the penalty λ Σ‖B·A‖²_F over the layers, in nats, without alpha / rank."
     )
     lora_b_l2: float = key(0.0, nonnegative(), "λ of the penalty λ Σ‖B‖²_F over the layers, in nats.")
     gradient_clip: float | None = key(
         1.0, optional(positive()), "Largest norm of a member's gradient at a step; null does not clip."
+    )
+
+    ivon_ess: float = key(
+        1e7,
+        positive(),
+        "Effective sample size: the posterior's variance is 1 / (ivon_ess · (h + weight_decay)), h the Hessian's "
+        "estimate.",
+        section="A posterior over the weights",
+    )
+    ivon_hess_init: float = key(1e-3, positive(), "The Hessian's estimate before the first step.")
+    ivon_beta1: float = key(0.9, fraction(), "Share of the gradient's running mean that a step keeps.")
+    ivon_beta2: float = key(0.99999, fraction(), "Share of the Hessian's running mean that a step keeps.")
+    ivon_clip_radius: float | None = key(
+        1e-3,
+        optional(positive()),
+        "Largest element of IVON's preconditioned gradient, before the learning rate; null does not clip.",
+    )
+    posterior: str = key(
+        "none",
+        choice("none", "blob"),
+        "blob trains a Gaussian over A by AdamW, which lora-ensemble draw blob draws from; none trains a point.",
+    )
+    blob_epsilon: float = key(
+        0.05, positive(), "G begins between ε/√2 and ε; the standard deviation of A's elements is G²."
+    )
+    blob_prior: float = key(0.2, positive(), "Standard deviation of A's elements under the prior.")
+    blob_kl_learning_rate: float = key(
+        0.01,
+        positive(),
+        "Rate of the gradient descent on the divergence from the prior over one epoch's steps; follows the course "
+        "of learning_rate.",
     )
 
     epochs: int = key(
@@ -139,6 +196,12 @@ class Recipe:
         None,
         optional(integer(1)),
         "Epochs without a lower validation NLL after which a member ends with its best epoch; null never.",
+    )
+
+    keep_snapshots: int | str = key(
+        "epoch",
+        interval(),
+        "Adapters kept on the way: after each epoch, or besides after every so many steps from swa_start on.",
     )
 
     batch_size: int = key(8, integer(1), "Documents of each member in a forward pass.", section="The data")
@@ -252,7 +315,7 @@ class Recipe:
             if values.get(name) in (None, "", []):
                 raise EnsembleError(f"{where}: no {name}; add a line '{name}: …' or give {name}=…")
         recipe = cls(**{name: _checked(name, value, where) for name, value in values.items()})
-        _check_together(recipe, where)
+        check_together(asdict(recipe), DEFAULTS, where)
         return recipe
 
     def as_mapping(self, *, operational: bool = True) -> dict[str, Any]:
@@ -277,9 +340,17 @@ class Recipe:
         """The factor of B·A: alpha / rank, or alpha / √rank for rank-stabilised LoRA."""
         return float(self.alpha / (self.rank**0.5 if self.rslora else self.rank))
 
+    @property
+    def variational(self) -> str | None:
+        """The method that trains a distribution over the weights, ``ivon`` or ``blob``; None for a point."""
+        if self.optimizer == "ivon":
+            return "ivon"
+        return self.posterior if self.posterior != "none" else None
+
 
 RULES: dict[str, Rule] = {field.name: field.metadata["rule"] for field in fields(Recipe)}
 REQUIRED = tuple(field.name for field in fields(Recipe) if field.default is MISSING)
+DEFAULTS = {field.name: field.default for field in fields(Recipe) if field.default is not MISSING}
 OPERATIONAL = frozenset(field.name for field in fields(Recipe) if field.metadata["operational"])
 """Keys that say how a run is carried out, not what it computes: they may change when a run is resumed."""
 
@@ -324,21 +395,3 @@ def _checked(name: str, value: Any, where: str) -> Any:
         return rule.convert(value)
     except (ValueError, TypeError, OverflowError):
         raise EnsembleError(f"{where}: {name} is {value!r}, it must be {rule.expectation}") from None
-
-
-def _check_together(recipe: Recipe, where: str) -> None:
-    """Refuse values that are each fine but not together."""
-    if recipe.early_stopping is not None and recipe.validation_limit == 0:
-        raise EnsembleError(f"{where}: early_stopping needs validation documents, validation_limit is 0")
-    if recipe.objective != "choices":
-        for name in ("choice_scores", "choice_temperature"):
-            if getattr(recipe, name) != Recipe.__dataclass_fields__[name].default:
-                raise EnsembleError(
-                    f"{where}: {name} is for objective=choices, not for {recipe.objective}; remove one of the two"
-                )
-    given = len(recipe.initial_adapters)
-    if given not in (0, 1, recipe.members):
-        raise EnsembleError(
-            f"{where}: initial_adapters names {given} folders for {recipe.members} members; "
-            "give one ensemble folder, one adapter for all, or one for each member"
-        )

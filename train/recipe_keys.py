@@ -69,6 +69,31 @@ def fraction() -> Rule:
     )
 
 
+def interval() -> Rule:
+    """The word ``epoch``, or a whole number of steps."""
+    steps = integer(1)
+
+    def convert(value: Any) -> int | str:
+        return "epoch" if value == "epoch" else int(steps.convert(value))
+
+    return Rule(
+        "epoch, or a whole number of steps, at least 1", convert, anyOf=[{"const": "epoch"}, steps.schema]
+    )
+
+
+def course() -> Rule:
+    """A place in the course of a run: a share of it below 1, or a whole number of steps."""
+    share, steps = fraction(), integer(1)
+
+    def convert(value: Any) -> float:
+        number = share if not isinstance(value, bool) and float(value) < 1 else steps
+        return number.convert(value)
+
+    return Rule(
+        "a share of the run below 1, or a whole number of steps", convert, anyOf=[share.schema, steps.schema]
+    )
+
+
 def choice(*options: str) -> Rule:
     """One of a few words."""
 

@@ -6,8 +6,9 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_lora_ensemble.ensemble.writer import member_name
 from lm_eval_lora_ensemble.errors import EnsembleError
-from lm_eval_lora_ensemble.train.folder import EnsembleFolder, member_name
+from lm_eval_lora_ensemble.train.folder import EnsembleFolder
 
 if TYPE_CHECKING:
     from lm_eval_lora_ensemble.train.recipe import Recipe
@@ -78,7 +79,7 @@ def _finish(folder: EnsembleFolder) -> None:
     from lm_eval_lora_ensemble.train.base import resolve_name
     from lm_eval_lora_ensemble.train.temperatures import fit_temperatures
 
-    folder.finish(resolve_name(folder.recipe.base_model), fit_temperatures(folder))
+    folder.finish_run(resolve_name(folder.recipe.base_model), fit_temperatures(folder))
 
 
 def _process_state(recipe: Recipe) -> Any:

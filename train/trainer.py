@@ -15,19 +15,21 @@ from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.train import adapters, base, examples
 from lm_eval_lora_ensemble.train.card import model_card
 from lm_eval_lora_ensemble.train.checkpoint import Checkpoints
-from lm_eval_lora_ensemble.train.engine import learning_rate
 from lm_eval_lora_ensemble.train.joint import JointEngine
 from lm_eval_lora_ensemble.train.layout import Layout
+from lm_eval_lora_ensemble.train.optimiser import learning_rate
 from lm_eval_lora_ensemble.train.order import Order
 from lm_eval_lora_ensemble.train.plain import PlainEngine
 from lm_eval_lora_ensemble.train.scale import ChoiceScale
+from lm_eval_lora_ensemble.train.snapshots import is_due, refuse_late_start
 from lm_eval_lora_ensemble.train.temperatures import describe, final_epoch
 from lm_eval_lora_ensemble.train.trackers import Trackers
 from lm_eval_lora_ensemble.train.tree import failed_trial, why_no_tree_rows
 from lm_eval_lora_ensemble.train.validation import Validation, assemble_metrics
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     import torch
 
@@ -102,6 +104,7 @@ class Trainer:
             )
         steps = self.order.steps_per_epoch * recipe.epochs
         self.total_steps = min(steps, recipe.max_steps or steps)
+        refuse_late_start(recipe, self.total_steps)
         self.progress = {name: Progress() for name in members}
         self.step = 0
         self.tokens = 0  # input tokens of this process, for the progress bar
@@ -168,6 +171,9 @@ class Trainer:
             rate = learning_rate(self.recipe, self.step, self.total_steps)
             self._record(losses, batches, bar)
             trackers.losses(losses, rate, self.step)
+            if is_due(self.recipe, self.step, self.total_steps):
+                for name in active:
+                    self.folder.write_snapshot(name, self.step, self._adapter_files(name, epoch))
             every = self.recipe.checkpoint_steps
             if every and self.step % every == 0 and self.step != end:
                 self._save()
@@ -216,18 +222,22 @@ class Trainer:
     def _end_epoch(self, epoch: int) -> None:
         """Write the epoch's adapters, then its measures."""
         for name in self.active:
-            card = model_card(
-                self.recipe, self.base.name, name, seed=self.members[name], epochs=epoch, steps=self.step
-            )
-            fill = partial(
-                adapters.save,
-                weights=self.engine.weights(name),
-                config=self.config[name],
-                card=card,
-                recipe_yaml=self.recipe.as_yaml(operational=False),
-            )
-            self.folder.write_epoch(name, epoch, fill)
+            self.folder.write_epoch(name, epoch, self._adapter_files(name, epoch))
         self._measure(epoch)
+
+    def _adapter_files(self, name: str, epoch: int) -> Callable[[Path], None]:
+        """Return what writes a member's adapter as it is now, in the course of an epoch, into an empty folder."""
+        card = model_card(
+            self.recipe, self.base.name, name, seed=self.members[name], epochs=epoch, steps=self.step
+        )
+        return partial(
+            adapters.save,
+            weights=self.engine.weights(name),
+            config=self.config[name],
+            card=card,
+            recipe_yaml=self.recipe.as_yaml(operational=False),
+            posterior=self.engine.optimiser(name).posterior(),
+        )
 
     def _measure(self, epoch: int) -> None:
         """Measure the active members on the validation set and write their records."""
