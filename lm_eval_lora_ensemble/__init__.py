@@ -2,11 +2,12 @@
 
 The command is ``lm_eval --model lora-ensemble``. From Python::
 
-    from lm_eval_lora_ensemble import load_runs, evaluate, compare, metrics, figures, load_ensemble
+    from lm_eval_lora_ensemble import load_runs, evaluate, compare, metrics, figures, load_ensemble, draw
 
 ``load_runs`` reads what lm-eval saved, ``evaluate`` and ``compare`` compute every metric with its interval,
-``metrics`` are the same as functions of arrays, ``figures`` draw them, and ``load_ensemble`` scores texts with every
-member. Importing this package imports neither torch nor lm-eval; each name loads what it needs when it is used.
+``metrics`` are the same as functions of arrays, ``figures`` draw them, ``load_ensemble`` scores texts with every
+member, and ``draw`` makes members of one adapter. Importing this package imports neither torch nor lm-eval; each name
+loads what it needs when it is used.
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ if TYPE_CHECKING:
     from lm_eval_lora_ensemble.analysis.evaluation import evaluate
     from lm_eval_lora_ensemble.analysis.runs import load_runs
     from lm_eval_lora_ensemble.harness.loaded import load_ensemble
+    from lm_eval_lora_ensemble.posterior.draw import draw
 
     __version__: str
 
-__all__ = ["__version__", "compare", "evaluate", "figures", "load_ensemble", "load_runs", "metrics"]
+__all__ = ["__version__", "compare", "draw", "evaluate", "figures", "load_ensemble", "load_runs", "metrics"]
 
 # public name -> the module that defines it; the two rooms are sub-packages under their own names
 _HOMES = {
     "compare": "analysis.comparison",
+    "draw": "posterior.draw",
     "evaluate": "analysis.evaluation",
     "load_ensemble": "harness.loaded",
     "load_runs": "analysis.runs",

@@ -26,6 +26,10 @@ VERBS: dict[str, tuple[str, str]] = {
         "train and evaluate a small ensemble from nothing, in minutes",
     ),
     "train": ("lm_eval_lora_ensemble.train.command", "train the members of an ensemble from a recipe"),
+    "draw": (
+        "lm_eval_lora_ensemble.posterior.command",
+        "draw the members of an ensemble from what one has: an adapter, or a run's snapshots",
+    ),
     "check": (
         "lm_eval_lora_ensemble.ensemble.check",
         "verify that every member of an ensemble is what it claims to be",

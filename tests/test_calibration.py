@@ -265,7 +265,7 @@ def test_calibrate_reads_a_folder_of_0_1_0(trained, place, tmp_path):
     del raw["calibration"]
     (copy / "ensemble.json").write_text(json.dumps({**raw, "schema_version": 1}))
     assert calibrate(place, copy, "held_out", "--limit", "25") == 0
-    assert json.loads((copy / "ensemble.json").read_text())["schema_version"] == 2
+    assert json.loads((copy / "ensemble.json").read_text())["schema_version"] == 3
 
 
 @pytest.mark.parametrize(

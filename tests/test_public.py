@@ -18,7 +18,7 @@ import lm_eval_lora_ensemble
 from lm_eval_lora_ensemble import load_ensemble
 
 RELEASE = Path(__file__).parent / "data" / "release_0_1_0"
-CALLABLES = ("load_runs", "evaluate", "compare", "load_ensemble")
+CALLABLES = ("load_runs", "evaluate", "compare", "load_ensemble", "draw")
 
 
 @pytest.fixture

@@ -71,7 +71,7 @@ def test_members_all_finished_by_0_1_0_are_completed(copied):
     now = json.loads((folder / "ensemble.json").read_text())
     assert now["members"] == was["members"] and was["recipe"].items() <= now["recipe"].items()
     assert set(was["versions"]) <= set(now["versions"])
-    assert (was["schema_version"], now["schema_version"]) == (1, 2)
+    assert (was["schema_version"], now["schema_version"]) == (1, 3)
     assert now["calibration"] is None  # 0.1.0 did not keep the validation documents' golds
 
 

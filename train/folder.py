@@ -22,22 +22,18 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from lm_eval_lora_ensemble.disk import checksums, copy_file, write_folder, write_json, write_text, writing
+from lm_eval_lora_ensemble.disk import copy_file, write_text, writing
 from lm_eval_lora_ensemble.ensemble.calibration import Calibration
-from lm_eval_lora_ensemble.ensemble.manifest import FILE_NAME as MANIFEST
 from lm_eval_lora_ensemble.ensemble.manifest import Manifest, MemberEntry
+from lm_eval_lora_ensemble.ensemble.writer import EnsembleWriter, member_name
 from lm_eval_lora_ensemble.errors import EnsembleError, Interrupted
 from lm_eval_lora_ensemble.harness.provenance import versions
 from lm_eval_lora_ensemble.train import recipe as recipes
 from lm_eval_lora_ensemble.train.recipe import Recipe
 
-MEMBER = "member.json"
 EPOCHS = "epochs.jsonl"
 METRICS = "metrics.jsonl"
 SCRATCH = ".training"
@@ -46,7 +42,7 @@ STEP_VERSION = 2
 its remaining steps would not be the same training. Release 0.1.0 wrote none."""
 
 
-class EnsembleFolder:
+class EnsembleFolder(EnsembleWriter):
     """The output folder of one recipe.
 
     Args:
@@ -54,19 +50,9 @@ class EnsembleFolder:
     """
 
     def __init__(self, recipe: Recipe) -> None:
+        super().__init__(Path(recipe.output).expanduser().absolute(), SCRATCH, "training")
         self.recipe = recipe
-        self.path = Path(recipe.output).expanduser().absolute()
-        self.scratch = self.path / SCRATCH
         self.names = [member_name(i) for i in range(recipe.members)]
-
-    @property
-    def complete(self) -> bool:
-        """Whether the manifest has been written."""
-        return (self.path / MANIFEST).is_file()
-
-    def finished(self, name: str) -> bool:
-        """Whether a member is done."""
-        return (self.path / name / MEMBER).is_file()
 
     @property
     def unfinished(self) -> list[str]:
@@ -123,8 +109,8 @@ class EnsembleFolder:
             with writing(self.path):
                 self.scratch.mkdir(parents=True, exist_ok=True)
                 for name in names:
-                    locks.enter_context(self._lock(name))
-                    self._sweep(name)
+                    locks.enter_context(self.lock(name))
+                    self.sweep(name)
                 self.check_recipe()
                 if self._step_version() is None:
                     write_text(self.scratch / "schema_version", f"{STEP_VERSION}\n")
@@ -157,32 +143,9 @@ class EnsembleFolder:
         for file in (recipes.FILE_NAME, METRICS):
             (self.path / file).unlink(missing_ok=True)
 
-    def _sweep(self, name: str) -> None:
-        """Remove what a killed process left half-written for a member."""
-        for rest in [*self.scratch.glob(f"{name}.*"), *(self.path / name).glob(".*.tmp")]:
-            if rest.is_dir():
-                shutil.rmtree(rest)
-            elif rest.suffix != ".lock":
-                rest.unlink()
-
-    @contextmanager
-    def _lock(self, name: str) -> Iterator[None]:
-        lock = FileLock(self.scratch / f"{name}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise EnsembleError(
-                f"another process is training {name} in {self.path}; wait for it, or give another output="
-            ) from None
-        try:
-            yield
-        finally:
-            lock.release()
-
     def write_epoch(self, name: str, epoch: int, fill: Callable[[Path], None]) -> None:
         """Write ``member_XX/epoch_YY``; ``fill`` puts the adapter's files into the folder it is given."""
-        with writing(self.path):
-            write_folder(self.path / name / epoch_name(epoch), self.scratch, fill)
+        self.write_adapter(f"{name}/{epoch_name(epoch)}", fill)
 
     def write_records(self, name: str, records: Sequence[dict[str, Any]]) -> None:
         """Write a member's epochs.jsonl."""
@@ -221,37 +184,21 @@ class EnsembleFolder:
         with writing(self.path):
             for source in sorted((folder / epoch_name(final_epoch)).iterdir()):
                 copy_file(source, folder / source.name, self.scratch)
-            kept = {epoch: folder / epoch_name(epoch) for epoch in range(1, epochs + 1)}
-            files = checksums(folder, self.path)
-            for path in kept.values():
-                files |= checksums(path, self.path)
-            entry = MemberEntry(
-                name=name,
-                folder=name,
-                seed=seed,
-                epochs={epoch: path.relative_to(self.path).as_posix() for epoch, path in kept.items()},
-                files=files,
-            )
-            write_json(folder / MEMBER, asdict(entry))
+        kept = {epoch: f"{name}/{epoch_name(epoch)}" for epoch in range(1, epochs + 1)}
+        self.write_entry(MemberEntry(name=name, folder=name, seed=seed, epochs=kept))
 
-    def finish(self, base_model: str, calibration: Calibration | None) -> None:
+    def finish_run(self, base_model: str, calibration: Calibration | None) -> None:
         """Write the manifest of members that are all done, and remove what only training needed."""
-        entries = []
-        for name in self.names:
-            raw = json.loads((self.path / name / MEMBER).read_text(encoding="utf-8"))
-            entries.append(MemberEntry(**{**raw, "epochs": {int(k): v for k, v in raw["epochs"].items()}}))
-        with writing(self.path):
+        self.finish(
             Manifest(
                 base_model=base_model,
                 revision=self.recipe.revision,
-                members=entries,
+                members=self.entries(self.names),
                 recipe=self.recipe.as_mapping(operational=False),
                 versions=versions(),
                 calibration=calibration,
-            ).write(self.path)
-        for rest in self.path.glob(".*.tmp"):
-            rest.unlink(missing_ok=True)
-        shutil.rmtree(self.scratch, ignore_errors=True)
+            )
+        )
 
 
 def begun(folder: Path) -> bool:
@@ -262,11 +209,6 @@ def begun(folder: Path) -> bool:
 def epoch_name(epoch: int) -> str:
     """Return the name of an epoch's folder."""
     return f"epoch_{epoch:02d}"
-
-
-def member_name(index: int) -> str:
-    """Return the name of a member and of its folder."""
-    return f"member_{index:02d}"
 
 
 def _lines(values: Sequence[dict[str, Any]]) -> str:

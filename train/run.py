@@ -78,7 +78,7 @@ def _finish(folder: EnsembleFolder) -> None:
     from lm_eval_lora_ensemble.train.base import resolve_name
     from lm_eval_lora_ensemble.train.temperatures import fit_temperatures
 
-    folder.finish(resolve_name(folder.recipe.base_model), fit_temperatures(folder))
+    folder.finish_run(resolve_name(folder.recipe.base_model), fit_temperatures(folder))
 
 
 def _process_state(recipe: Recipe) -> Any:

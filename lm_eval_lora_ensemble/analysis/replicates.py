@@ -280,6 +280,11 @@ def _but_for_seeds(run: Run) -> str | None:
         return None
     settings = {key: value for key, value in recipe.items() if key not in ("seed", "output")}
     same = [ensemble.get(key) for key in ("base_model", "revision", "epoch", "average")]
+    method = ensemble.get("method")
+    if isinstance(
+        method, Mapping
+    ):  # what a method fits differs from seed to seed, what it was asked for does not
+        same += [method.get("name"), method.get("options")]
     return json.dumps([settings, same, run.n_members], sort_keys=True, default=str)
 
 

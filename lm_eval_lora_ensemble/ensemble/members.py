@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lm_eval_lora_ensemble.ensemble import manifest
@@ -22,6 +22,8 @@ from lm_eval_lora_ensemble.ensemble.adapters.folder import (
 from lm_eval_lora_ensemble.errors import EnsembleError
 
 DEFAULT_FOLDER = "./ensemble"
+DRAWING = "draw.json"
+"""What a folder of draws was asked for; without a manifest beside it, some are still to come."""
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
@@ -34,12 +36,16 @@ class Member:
         folder: local folder that ``PeftModel.from_pretrained`` loads.
         sha256: of the adapter's configuration and weights together.
         seed: the seed it was trained with, where the ensemble's manifest tells.
+        draw: the number of the draw that it is, where the manifest tells.
+        provenance: what it was drawn from, where the manifest tells.
     """
 
     name: str
     folder: Path
     sha256: str
     seed: int | None = None
+    draw: int | None = None
+    provenance: manifest.Provenance | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,7 @@ class Source:
         folder: the member's final adapter, with links followed.
         root: the folder that no link in ``folder`` may leave.
         epochs: folder of each kept epoch's adapter.
+        steps: folder of each kept optimiser step's adapter.
         entry: what the ensemble's manifest says of the member.
     """
 
@@ -81,6 +88,7 @@ class Source:
     folder: Path
     root: Path
     epochs: dict[int, Path]
+    steps: dict[int, Path] = field(default_factory=dict)
     entry: manifest.MemberEntry | None = None
 
 
@@ -122,9 +130,8 @@ def find_ensemble(
         folder = source.folder if epoch is None else _epoch_folder(source, epoch)
         adapter = check_adapter(folder, source.root)
         configs.append(adapter.config)
-        checked.append(
-            Member(source.name, folder, adapter.sha256, source.entry.seed if source.entry else None)
-        )
+        said = source.entry or manifest.MemberEntry(source.name, source.name)
+        checked.append(Member(source.name, folder, adapter.sha256, said.seed, said.draw, said.provenance))
     return Ensemble(*common_base(configs, listed, pretrained, allow_base_mismatch), tuple(checked), epoch)
 
 
@@ -169,7 +176,7 @@ def _where(adapters: object) -> str:
 def _single(name: str, item: str | Path) -> Source:
     folder = _local(item)
     root = link_root(folder)
-    return Source(name, folder, root, _epochs_in(folder, root))
+    return Source(name, folder, root, _kept_in(folder, root, "epoch"), _kept_in(folder, root, "step"))
 
 
 def _listed(folder: Path) -> tuple[list[Source], manifest.Manifest]:
@@ -181,13 +188,23 @@ def _listed(folder: Path) -> tuple[list[Source], manifest.Manifest]:
         raise EnsembleError(f"{folder / manifest.FILE_NAME} lists no members; train the ensemble again")
     sources = []
     for entry in listed.members:
-        epochs = {number: _named_by_manifest(folder, path) for number, path in entry.epochs.items()}
-        sources.append(Source(entry.name, _named_by_manifest(folder, entry.folder), root, epochs, entry))
+        epochs, steps = (
+            {number: _named_by_manifest(folder, path) for number, path in kept.items()}
+            for kept in (entry.epochs, entry.steps)
+        )
+        sources.append(
+            Source(entry.name, _named_by_manifest(folder, entry.folder), root, epochs, steps, entry)
+        )
     return sources, listed
 
 
 def _children(folder: Path) -> list[Source]:
     """Return the adapters in the sub-folders of ``folder``, each of which must be one."""
+    if (folder / DRAWING).is_file():
+        raise EnsembleError(
+            f"{folder} holds draws that are not finished; run the same `lora-ensemble draw` again, which goes on "
+            "from there, or name the adapter folders to use"
+        )
     children = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not any((child / CONFIG).is_file() for child in children):
         raise EnsembleError(
@@ -204,7 +221,7 @@ def _children(folder: Path) -> list[Source]:
                 "smaller ensemble: remove that folder, or list the members to use in adapters="
             )
     return [
-        Source(child.name, folder, root, _epochs_in(folder, root))
+        Source(child.name, folder, root, _kept_in(folder, root, "epoch"), _kept_in(folder, root, "step"))
         for child, folder in ((child, inside(child, root)) for child in children)
     ]
 
@@ -325,12 +342,12 @@ def _named_base(configs: Sequence[AdapterConfig]) -> str | None:
     return named
 
 
-def _epochs_in(folder: Path, root: Path) -> dict[int, Path]:
-    """Return the folder of each epoch's adapter that is kept inside a member's own."""
+def _kept_in(folder: Path, root: Path, unit: str) -> dict[int, Path]:
+    """Return the folder of each adapter that training kept inside a member's own, by epoch or by step."""
     return {
-        int(path.name.removeprefix("epoch_")): inside(path, root)
-        for path in folder.glob("epoch_*")
-        if path.name.removeprefix("epoch_").isdecimal()
+        int(path.name.removeprefix(f"{unit}_")): inside(path, root)
+        for path in folder.glob(f"{unit}_*")
+        if path.name.removeprefix(f"{unit}_").isdecimal()
     }
 
 

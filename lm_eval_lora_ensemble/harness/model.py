@@ -33,6 +33,8 @@ from lm_eval_lora_ensemble.harness.provenance import (
     calibration_in_use,
     calibration_of,
     device_name,
+    member_in_results,
+    method_of,
     recipe_of,
     versions,
 )
@@ -115,6 +117,7 @@ class LoraEnsembleLM(HFLM):
         self._model: Any = None  # lm-eval's name for the model; HFLM sets it
         self.average: Average = average
         self.recipe = recipe_of(DEFAULT_FOLDER if adapters is None else adapters)
+        self.method = method_of(DEFAULT_FOLDER if adapters is None else adapters)
         self.calibration = calibration_of(DEFAULT_FOLDER if adapters is None else adapters)
         scale = _scale(temperature, calibration_in_use(self.calibration, self.ensemble))
         self.work = Work()
@@ -455,11 +458,9 @@ class LoraEnsembleLM(HFLM):
             "epoch": self.ensemble.epoch,
             "average": self.average,
             "fingerprint": self.ensemble.fingerprint,
-            "members": [
-                {"name": m.name, "folder": str(m.folder), "seed": m.seed, "sha256": m.sha256}
-                for m in self.ensemble.members
-            ],
+            "members": [member_in_results(member) for member in self.ensemble.members],
             "recipe": self.recipe,
+            "method": self.method,
             "calibration": calibration_in_use(self.calibration, self.ensemble),
             # lm-eval's own `device` is what was asked for
             "device": device_name(self.device),

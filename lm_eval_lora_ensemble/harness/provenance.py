@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_lora_ensemble.ensemble.calibration import Calibration
 from lm_eval_lora_ensemble.ensemble.manifest import FILE_NAME, Manifest
-from lm_eval_lora_ensemble.ensemble.members import Ensemble
+from lm_eval_lora_ensemble.ensemble.members import Ensemble, Member
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +56,27 @@ def calibration_in_use(calibration: Calibration | None, ensemble: Ensemble) -> d
     if calibration is None or ensemble.epoch is not None:
         return None
     return calibration.of_first(len(ensemble.members)).as_mapping()
+
+
+def method_of(adapters: str | Path | Sequence[str | Path]) -> dict[str, Any] | None:
+    """Return how the members in an ensemble folder were drawn; None of members that were trained."""
+    if not isinstance(adapters, (str, Path)):
+        return None
+    folder = Path(adapters).expanduser()
+    method = Manifest.read(folder).method if (folder / FILE_NAME).is_file() else None
+    return asdict(method) if method else None
+
+
+def member_in_results(member: Member) -> dict[str, Any]:
+    """Return what a results file says of a member."""
+    drawn = {"draw": member.draw, "source": asdict(member.provenance)} if member.provenance else {}
+    return {
+        "name": member.name,
+        "folder": str(member.folder),
+        "seed": member.seed,
+        "sha256": member.sha256,
+        **drawn,
+    }
 
 
 def recipe_of(adapters: str | Path | Sequence[str | Path]) -> dict[str, Any] | None:

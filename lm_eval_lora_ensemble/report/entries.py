@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lm_eval_lora_ensemble.analysis.runs import Run
+from lm_eval_lora_ensemble.ensemble.manifest import described
 from lm_eval_lora_ensemble.errors import one_line
 
 _LONGEST_LABEL = 80
@@ -29,9 +30,10 @@ class Entry:
 
 
 def make_entries(runs: Sequence[Run]) -> list[Entry]:
-    """Name every run by its ensemble or model, and by epoch, date or number where that is not enough."""
+    """Name every run by its method, ensemble or model; by epoch, folder, date or number where that is not enough."""
     labels = [_label(run) for run in runs]
-    for more in ([run.date[:19] for run in runs], [f"#{i}" for i in range(1, len(runs) + 1)]):
+    folders = [f"of {short_name(run.series)}" if _method(run) and run.series else "" for run in runs]
+    for more in (folders, [run.date[:19] for run in runs], [f"#{i}" for i in range(1, len(runs) + 1)]):
         count = Counter(labels)
         labels = [
             f"{label} {extra}".strip() if count[label] > 1 else label
@@ -56,8 +58,21 @@ def short_name(path: str) -> str:
     return one_line(path.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1])[:_LONGEST_LABEL]
 
 
+def _method(run: Run) -> str:
+    """Return how a run's members were drawn, with the settings; "" of members that were trained."""
+    ensemble = run.config.get("lora_ensemble")
+    method = ensemble.get("method") if isinstance(ensemble, Mapping) else None
+    if not isinstance(method, Mapping) or run.epoch == 0:
+        return ""
+    settings = method.get("settings")
+    said = described(str(method.get("name")), settings if isinstance(settings, Mapping) else {})
+    return one_line(said)[:_LONGEST_LABEL]
+
+
 def _label(run: Run) -> str:
     ensemble = run.config.get("lora_ensemble")
+    if method := _method(run):
+        return f"{method}, {run.n_members} draw{'s' if run.n_members > 1 else ''}"
     arguments = run.config.get("model_args")
     named = arguments if isinstance(arguments, Mapping) else {}
     if isinstance(ensemble, Mapping):
