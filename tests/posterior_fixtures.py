@@ -11,13 +11,15 @@ from safetensors.torch import load_file, save_file
 from train_fixtures import make_model, make_task
 
 from lm_eval_lora_ensemble.ensemble.members import find_ensemble
-from lm_eval_lora_ensemble.posterior.contract import Source, SourceAdapter
+from lm_eval_lora_ensemble.posterior.contract import Posterior, Source, SourceAdapter
 from lm_eval_lora_ensemble.posterior.data import TaskData
+from lm_eval_lora_ensemble.posterior.options import resolve
+from lm_eval_lora_ensemble.posterior.registry import METHODS
 
 
-def make_place(place: Path, **lora: object) -> Path:
+def make_place(place: Path, *, tied: bool = True, **lora: object) -> Path:
     """Write a base, tasks and two adapters into ``place``."""
-    make_model(place / "base")
+    make_model(place / "base", tie_word_embeddings=tied)
     tasks = place / "tasks"
     make_task(tasks, "colours", test=5)
     make_task(tasks, "judged_on_validation")
@@ -43,6 +45,12 @@ def source_of(*folders: Path) -> Source:
 def data_of(place: Path, source: Source, task: str = "colours", **options: object) -> TaskData:
     arguments = {"dtype": "float32", "device": "cpu", "batch_size": 8}
     return TaskData(source, task, model_args=arguments, include_path=str(place / "tasks"), **options)
+
+
+def fit(method: str, source: Source, data: TaskData | None, **given: object) -> Posterior:
+    """Fit a method with its own defaults, as the command does."""
+    chosen = METHODS.find(method)
+    return chosen.fit(source, data, **resolve(chosen.options, given, method))
 
 
 def write_adapter(folder: Path, source: Source, state: dict[str, torch.Tensor]) -> Path:

@@ -20,7 +20,7 @@ from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.harness import rendering
 from lm_eval_lora_ensemble.harness.rendering import RenderedDocument, Split
 from lm_eval_lora_ensemble.metrics.arrays import BoolArray, FloatArray
-from lm_eval_lora_ensemble.posterior.contract import AdapterState, Source
+from lm_eval_lora_ensemble.posterior.contract import Source, StoredState
 from lm_eval_lora_ensemble.posterior.lora_layers import one_adapter
 from lm_eval_lora_ensemble.train.base import Base
 from lm_eval_lora_ensemble.train.examples import Choice, Example
@@ -172,7 +172,7 @@ class TaskData:
             rendered += rendering.render(task, _as_split(where), of_task[name], ids, self.num_fewshot)
         return Documents(where, tuple(rendered))
 
-    def loglikelihoods(self, documents: Documents, state: AdapterState | None = None) -> FloatArray:
+    def loglikelihoods(self, documents: Documents, state: StoredState | None = None) -> FloatArray:
         """Score every choice with the engine, under an adapter in the source's place.
 
         Args:
@@ -284,7 +284,7 @@ class TaskData:
         return Example(document.task, document.doc_id, tuple(choices), document.golds)
 
     @contextmanager
-    def _in_place(self, state: AdapterState) -> Iterator[None]:
+    def _in_place(self, state: StoredState) -> Iterator[None]:
         """Let the model answer with ``state`` for a while; the source's own tensors come back whatever happens."""
         if state is self.adapter.state:
             yield
@@ -295,7 +295,7 @@ class TaskData:
         finally:
             self._put(self.adapter.state)
 
-    def _put(self, state: AdapterState) -> None:
+    def _put(self, state: StoredState) -> None:
         """Copy an adapter's tensors onto the model's.
 
         Raises:
@@ -304,10 +304,10 @@ class TaskData:
         from peft import set_peft_model_state_dict
 
         own = self.adapter.state
-        odd = sorted(set(state) ^ set(own)) or [name for name in own if state[name].shape != own[name].shape]
+        odd = sorted({*state} ^ {*own}) or [name for name in own if state[name].shape != own[name].shape]
         if odd:
             raise EnsembleError(f"an adapter to be scored differs from {self.adapter.name} in {odd[0]}")
-        result = set_peft_model_state_dict(self.model, state, adapter_name=self.adapter_name)
+        result = set_peft_model_state_dict(self.model, dict(state), adapter_name=self.adapter_name)
         if result.unexpected_keys:
             raise RuntimeError(f"PEFT has no place for {result.unexpected_keys[0]}")
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from scipy import optimize
 
-from lm_eval_lora_ensemble.posterior.contract import AdapterState, Posterior
+from lm_eval_lora_ensemble.posterior.contract import AdapterState, Posterior, StoredState
 from lm_eval_lora_ensemble.posterior.kfac import KroneckerFactors
 from lm_eval_lora_ensemble.posterior.lora_layers import as_state
 
@@ -63,7 +63,7 @@ class KroneckerPosterior(Posterior):
 
     def __init__(
         self,
-        state: AdapterState,
+        state: StoredState,
         weights: Mapping[str, UncertainWeight],
         precision: float,
         config: Mapping[str, Any],

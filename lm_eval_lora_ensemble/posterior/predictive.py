@@ -8,25 +8,22 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import torch
 
-from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.metrics.arrays import BoolArray, FloatArray
 from lm_eval_lora_ensemble.metrics.choices import log_choice_probabilities
 from lm_eval_lora_ensemble.posterior.contract import Posterior
 from lm_eval_lora_ensemble.posterior.data import Documents, TaskData
+from lm_eval_lora_ensemble.posterior.options import Option
 from lm_eval_lora_ensemble.train.scale import ChoiceScale
 
-
-def scale_of(choice_scores: str, choice_temperature: float) -> ChoiceScale:
-    """Return the scale of the options that methods share.
-
-    Raises:
-        EnsembleError: no such scores, or a temperature that is not positive.
-    """
-    if choice_scores not in ("sum", "chars"):
-        raise EnsembleError(f"choice_scores={choice_scores}: use sum or chars")
-    if not 0 < choice_temperature < math.inf:
-        raise EnsembleError(f"choice_temperature={choice_temperature}: give a number above 0")
-    return ChoiceScale(choice_scores, choice_temperature)
+SCALE = {
+    "choice_scores": Option(
+        "sum",
+        "what a choice is judged by: its loglikelihood, or that per character; as in a recipe",
+        choices=("sum", "chars"),
+    ),
+    "choice_temperature": Option(1.0, "of the softmax over the choices; as in a recipe", minimum=1e-6),
+}
+"""The scale of the likelihood, an option of every method that fits to a task."""
 
 
 def search_generators(seed: int, count: int) -> list[torch.Generator]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from lm_eval_lora_ensemble.errors import EnsembleError
 
@@ -24,6 +25,11 @@ class Step:
     at: float
     value: float
     passed: bool | None = None
+
+    def as_mapping(self) -> dict[str, Any]:
+        """Return it as JSON, which has no infinities: null where the model overflowed."""
+        value = self.value if math.isfinite(self.value) else None
+        return {"at": self.at, "value": value, **({} if self.passed is None else {"passed": self.passed})}
 
 
 def largest_passing(

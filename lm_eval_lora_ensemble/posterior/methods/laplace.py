@@ -12,7 +12,6 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.metrics.choices import log_choice_probabilities
-from lm_eval_lora_ensemble.posterior.contract import Posterior, Source, SourceAdapter
+from lm_eval_lora_ensemble.posterior.contract import Source, SourceAdapter
 from lm_eval_lora_ensemble.posterior.data import Documents, TaskData
 from lm_eval_lora_ensemble.posterior.gaussian import (
     PRECISION_RANGE,
@@ -30,37 +29,57 @@ from lm_eval_lora_ensemble.posterior.gaussian import (
 )
 from lm_eval_lora_ensemble.posterior.kfac import kronecker_factors
 from lm_eval_lora_ensemble.posterior.lora_layers import LoraPair, lora_pairs, one_adapter
-from lm_eval_lora_ensemble.posterior.predictive import (
-    mixture_nll,
-    mixture_of_draws,
-    scale_of,
-    search_generators,
-)
+from lm_eval_lora_ensemble.posterior.options import Option
+from lm_eval_lora_ensemble.posterior.predictive import SCALE, mixture_nll, mixture_of_draws, search_generators
+from lm_eval_lora_ensemble.posterior.registry import method
 from lm_eval_lora_ensemble.posterior.search import Step, least
 from lm_eval_lora_ensemble.scoring.finite import NonFiniteScoreError
 from lm_eval_lora_ensemble.train.scale import ChoiceScale
 
-PRIORS = ("draws", "marglik")
-LAYERS = ("all", "last")
-
 logger = logging.getLogger(__name__)
 
 
+@method(
+    name="laplace",
+    title="Gaussian by the Kronecker-factored Fisher matrix of a task",
+    needs="adapter",
+    source="arXiv 2308.13111",
+    task=True,
+    options={
+        "prior_precision": Option(None, "λ itself, instead of finding it", float, minimum=1e-12),
+        "prior": Option(
+            "draws",
+            "how λ is found: by the nll of draws on held-out documents, or by the marginal likelihood",
+            choices=("draws", "marglik"),
+        ),
+        "layers": Option(
+            "all", "A and B of all adapted layers, or B of the last one alone", choices=("all", "last")
+        ),
+        "documents": Option(128, "documents for the curvature, evenly spread over the split", minimum=1),
+        "training_size": Option(
+            None, "documents that the curvature stands for; all of the split", int, minimum=1
+        ),
+        "prior_documents": Option(64, "held-out documents for prior=draws", minimum=1),
+        "search_draws": Option(5, "adapters drawn at each λ, whose mixture is measured", minimum=1),
+        "search_seed": Option(0, "of their noise, the same at every λ", minimum=0),
+        **SCALE,
+    },
+)
 def fit(
     source: Source,
     data: TaskData | None,
     *,
-    documents: int = 128,
-    training_size: int | None = None,
-    layers: str = "all",
-    prior: str = "draws",
-    prior_precision: float | None = None,
-    prior_documents: int = 64,
-    search_draws: int = 5,
-    search_seed: int = 0,
-    choice_scores: str = "sum",
-    choice_temperature: float = 1.0,
-) -> Posterior:
+    prior_precision: float | None,
+    prior: str,
+    layers: str,
+    documents: int,
+    training_size: int | None,
+    prior_documents: int,
+    search_draws: int,
+    search_seed: int,
+    choice_scores: str,
+    choice_temperature: float,
+) -> KroneckerPosterior:
     """Fit N(θ, (n·F + λI)⁻¹), θ the adapter's A and B, F the Fisher matrix of a document's choices, Kronecker-factored.
 
     The likelihood is the softmax over a document's choices, which for answers of one letter is the published one: the
@@ -70,13 +89,13 @@ def fit(
     Args:
         source: one LoRA adapter on linear layers.
         data: the task; its split gives the curvature.
-        documents: for the curvature, evenly spread over the split.
-        training_size: n, by which the mean curvature is multiplied; None is the size of the split.
-        layers: ``all``, or ``last``: B of the last adapted layer alone, in the model's order. Where that is the output
-            head and answers are one token, scores are linear in B and draws have exactly the linearised predictive.
+        prior_precision: λ itself, instead of finding it.
         prior: ``draws``, the λ at which the mixture of draws has the least nll on held-out documents, or ``marglik``,
             that of the greatest evidence.
-        prior_precision: λ itself, instead of choosing it.
+        layers: ``all``, or ``last``: B of the last adapted layer alone, in the model's order. Where that is the output
+            head and answers are one token, scores are linear in B and draws have exactly the linearised predictive.
+        documents: for the curvature, evenly spread over the split.
+        training_size: n, by which the mean curvature is multiplied; None is the size of the split.
         prior_documents: held out for ``draws``: of the validation split where lm-eval does not evaluate it, else of the
             curvature's split, apart from its documents.
         search_draws: adapters whose mixture is measured.
@@ -85,14 +104,13 @@ def fit(
         choice_temperature: of the softmax over the choices, as in a recipe.
 
     Raises:
-        EnsembleError: no task, an option out of its range, or an adapter that the method is wrong for.
+        EnsembleError: no task, or an adapter that the method is wrong for.
     """
     adapter = one_adapter(source, "laplace")
     pairs = lora_pairs(adapter, "laplace")
-    scale = scale_of(choice_scores, choice_temperature)
-    data = _checked(
-        data, documents, training_size, layers, prior, prior_precision, prior_documents, search_draws
-    )
+    if data is None:
+        raise EnsembleError("laplace needs a task for its curvature; give task=NAME")
+    scale = ChoiceScale(choice_scores, choice_temperature)
     sample = data.sample(documents)
     n = data.total if training_size is None else training_size
     weights = curvature(data, sample, scale, pairs, layers, n / len(sample))
@@ -121,7 +139,7 @@ def fit(
         "search_seed": search_seed,
         "choice_scores": choice_scores,
         "choice_temperature": choice_temperature,
-        "path": [asdict(step) for step in path],
+        "path": [step.as_mapping() for step in path],
     }
     return KroneckerPosterior(adapter.state, weights, precision, adapter.config, settings)
 
@@ -238,31 +256,3 @@ def _requiring_gradients(modules: Mapping[str, Any]) -> Iterator[None]:
     finally:
         for name, module in modules.items():
             module.weight.requires_grad_(before[name])
-
-
-def _checked(
-    data: TaskData | None,
-    documents: int,
-    training_size: int | None,
-    layers: str,
-    prior: str,
-    prior_precision: float | None,
-    prior_documents: int,
-    search_draws: int,
-) -> TaskData:
-    if data is None:
-        raise EnsembleError("laplace needs a task for its curvature; give task=NAME")
-    for name, value, known in (("layers", layers, LAYERS), ("prior", prior, PRIORS)):
-        if value not in known:
-            raise EnsembleError(f"{name}={value}: use {' or '.join(known)}")
-    numbers = {
-        "documents": documents,
-        "training_size": training_size,
-        "prior_precision": prior_precision,
-        "prior_documents": prior_documents,
-        "search_draws": search_draws,
-    }
-    for name, number in numbers.items():
-        if number is not None and not 0 < number < math.inf:
-            raise EnsembleError(f"{name}={number}: give a number above 0")
-    return data

@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,18 +19,15 @@ from lm_eval_lora_ensemble.metrics.choices import log_choice_probabilities
 from lm_eval_lora_ensemble.posterior.contract import AdapterState, Posterior, Source
 from lm_eval_lora_ensemble.posterior.data import TaskData
 from lm_eval_lora_ensemble.posterior.lora_layers import LoraPair, as_state, lora_pairs, one_adapter
-from lm_eval_lora_ensemble.posterior.predictive import (
-    mixture_nll,
-    mixture_of_draws,
-    scale_of,
-    search_generators,
-)
+from lm_eval_lora_ensemble.posterior.options import Option
+from lm_eval_lora_ensemble.posterior.predictive import SCALE, mixture_nll, mixture_of_draws, search_generators
+from lm_eval_lora_ensemble.posterior.registry import method
 from lm_eval_lora_ensemble.posterior.search import Step, largest_passing
 from lm_eval_lora_ensemble.scoring.finite import NonFiniteScoreError
+from lm_eval_lora_ensemble.train.scale import ChoiceScale
 
 TOLERANCES = {"nll": 0.003, "predictions": 0.01}
 """Published defaults: relative increase of the anchors' nll; share of them whose answer changes."""
-START = 0.01
 
 logger = logging.getLogger(__name__)
 
@@ -84,21 +81,50 @@ class TrainingFreePosterior(Posterior):
         return as_state(tensors)
 
 
+@method(
+    name="tfb",
+    title="noise found without training: as large as the answers to a task allow",
+    needs="adapter",
+    source="arXiv 2412.05723",
+    task=True,
+    options={
+        "anchors": Option(64, "documents that σ is found on, evenly spread over the split", minimum=1),
+        "labels": Option(
+            "own", "of the anchors: the adapter's own answers, or the task's", choices=("own", "gold")
+        ),
+        "criterion": Option(
+            "nll",
+            "what may change: the labels' nll, or the share of changed predictions",
+            choices=tuple(TOLERANCES),
+        ),
+        "tolerance": Option(
+            None,
+            "by how much: relative increase of nll, or share of predictions; 0.003 or 0.01",
+            float,
+            minimum=0,
+        ),
+        "search_draws": Option(5, "adapters drawn at each σ, whose mixture is measured", minimum=1),
+        "search_seed": Option(0, "of their noise, the same at every σ", minimum=0),
+        "start": Option(0.01, "σ that is tried first", minimum=1e-12),
+        "steps": Option(4, "halvings of log σ between one that passed and one that failed", minimum=0),
+        **SCALE,
+    },
+)
 def fit(
     source: Source,
     data: TaskData | None,
     *,
-    anchors: int = 64,
-    labels: str = "own",
-    criterion: str = "nll",
-    tolerance: float | None = None,
-    search_draws: int = 5,
-    search_seed: int = 0,
-    start: float = START,
-    steps: int = 4,
-    choice_scores: str = "sum",
-    choice_temperature: float = 1.0,
-) -> Posterior:
+    anchors: int,
+    labels: str,
+    criterion: str,
+    tolerance: float | None,
+    search_draws: int,
+    search_seed: int,
+    start: float,
+    steps: int,
+    choice_scores: str,
+    choice_temperature: float,
+) -> TrainingFreePosterior:
     """Find the largest σ at which draws still answer the anchors as the adapter does.
 
     The search measures the mixture of ``search_draws`` plain adapters with the same standard normal numbers at every σ.
@@ -121,12 +147,13 @@ def fit(
         choice_temperature: of the softmax over the choices, as in a recipe.
 
     Raises:
-        EnsembleError: no task, an option out of its range, an adapter that the method is wrong for, or no bracket.
+        EnsembleError: no task, an adapter that the method is wrong for, or noise of any size passes.
     """
     adapter = one_adapter(source, "tfb")
     layers = rotate(lora_pairs(adapter, "tfb"), adapter.name)
-    data = _checked(data, anchors, labels, criterion, tolerance, search_draws, start, steps)
-    scale = scale_of(choice_scores, choice_temperature)
+    if data is None:
+        raise EnsembleError("tfb needs a task whose training documents are its anchors; give task=NAME")
+    scale = ChoiceScale(choice_scores, choice_temperature)
     limit = TOLERANCES[criterion] if tolerance is None else tolerance
     documents = data.sample(anchors)
     own = log_choice_probabilities(data.loglikelihoods(documents) / data.divisors(documents, scale))
@@ -160,7 +187,7 @@ def fit(
         "search_seed": search_seed,
         "choice_scores": choice_scores,
         "choice_temperature": choice_temperature,
-        "path": [asdict(step) for step in path],
+        "path": [step.as_mapping() for step in path],
     }
     return TrainingFreePosterior(layers, sigma, adapter.config, settings)
 
@@ -238,27 +265,3 @@ def _own_answers(log_probabilities: FloatArray) -> BoolArray:
     right = np.zeros(log_probabilities.shape, dtype=bool)
     right[np.arange(len(right)), log_probabilities.argmax(-1)] = True
     return right
-
-
-def _checked(
-    data: TaskData | None,
-    anchors: int,
-    labels: str,
-    criterion: str,
-    tolerance: float | None,
-    search_draws: int,
-    start: float,
-    steps: int,
-) -> TaskData:
-    if data is None:
-        raise EnsembleError("tfb needs a task whose training documents are its anchors; give task=NAME")
-    if labels not in ("own", "gold"):
-        raise EnsembleError(f"labels={labels}: use own or gold")
-    if criterion not in TOLERANCES:
-        raise EnsembleError(f"criterion={criterion}: use {' or '.join(TOLERANCES)}")
-    for name, value in (("anchors", anchors), ("search_draws", search_draws), ("start", start)):
-        if not 0 < value < math.inf:
-            raise EnsembleError(f"{name}={value}: give a number above 0")
-    if steps < 0 or (tolerance is not None and not 0 <= tolerance < math.inf):
-        raise EnsembleError(f"steps={steps}, tolerance={tolerance}: give numbers that are not negative")
-    return data
