@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from posterior_fixtures import data_of, make_place, source_of, write_adapter
+from posterior_task_fixtures import data_of, make_place, source_of, write_adapter
 from train_fixtures import documents, one_thread, quick_tasks  # noqa: F401
 
 from lm_eval_lora_ensemble import load_ensemble
 from lm_eval_lora_ensemble.errors import EnsembleError
+from lm_eval_lora_ensemble.posterior.data import TaskData
 from lm_eval_lora_ensemble.train.scale import ChoiceScale
 
 
@@ -62,6 +63,25 @@ def test_the_differentiable_scores_are_the_engine_s(place, source, scale, per_pa
     assert [len(part) for part in parts] == ([1] * 6 if per_pass == 1 else [4, 2])
     found = [score for part in parts for row in part for score in row[np.isfinite(row)]]
     assert found == pytest.approx(wanted[np.isfinite(wanted)], abs=1e-4)
+
+
+def test_a_base_in_bfloat16_has_float32_leaves(place, source):
+    data = TaskData(
+        source,
+        "colours",
+        model_args={"dtype": "bfloat16", "device": "cpu", "batch_size": 8},
+        include_path=str(place / "tasks"),
+    )
+    sample = data.sample(2)
+    wanted = data.loglikelihoods(sample)
+    weight = data.model.base_model.model.model.layers[1].self_attn.q_proj.lora_A[data.adapter_name].weight
+    weight.requires_grad_(True)
+    found = next(data.differentiable(sample, ChoiceScale(), per_pass=2))
+    assert found.dtype == weight.dtype == torch.float32
+    there = np.isfinite(wanted)
+    assert found.detach().numpy()[there] == pytest.approx(wanted[there], rel=0.02)
+    (gradient,) = torch.autograd.grad(found[0, 0], weight)
+    assert float(gradient.abs().max()) > 0
 
 
 def test_their_gradient_is_that_of_the_scores(place, source):

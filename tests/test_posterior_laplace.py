@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from posterior_fixtures import data_of, fit, make_place, source_of, write_adapter
+from posterior_task_fixtures import data_of, fit, make_place, source_of, write_adapter
 from scipy import special
 from test_posterior_kfac import kron
 from train_fixtures import one_thread, quick_tasks  # noqa: F401

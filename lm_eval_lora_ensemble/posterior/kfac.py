@@ -167,8 +167,10 @@ def kronecker_factors(
                 gradients[name].add(torch.cat([g[counts] for g in of_output]))
                 positions[name] += int(counts.sum())
             record.clear()
-    return {
-        name: KroneckerFactors(gradients[name].eigen(), inputs[name].eigen(1 / max(positions[name], 1)))
+    return {  # a sum goes as its eigenvectors come: never two matrices of every size at once
+        name: KroneckerFactors(
+            gradients.pop(name).eigen(), inputs.pop(name).eigen(1 / max(positions[name], 1))
+        )
         for name in modules
     }
 
