@@ -40,6 +40,11 @@ def pair_of(out: int, rank: int, width: int, seed: int = 0, rank_of_b: int | Non
     return LoraPair("layer", torch.randn(rank, width, generator=generator, dtype=torch.float64), B)
 
 
+def posterior_of(source: Source, sigma: float) -> TrainingFreePosterior:
+    adapter = source.adapters[0]
+    return TrainingFreePosterior(rotate(lora_pairs(adapter, "tfb"), "it"), adapter.state, sigma, {}, {})
+
+
 @pytest.mark.parametrize("shape", [(12, 4, 9), (3, 5, 7), (4, 4, 4), (6, 1, 2)])
 def test_the_product_stays_and_b_is_orthogonal(shape):
     pair = pair_of(*shape)
@@ -56,7 +61,7 @@ def test_the_product_stays_and_b_is_orthogonal(shape):
 
 
 def test_float32_keeps_the_product_to_1e5(source):
-    posterior = TrainingFreePosterior(rotate(lora_pairs(source.adapters[0], "tfb"), "it"), 0.0, {}, {})
+    posterior = posterior_of(source, 0.0)
     drawn = posterior.draw(torch.Generator().manual_seed(0))
     state = source.adapters[0].state
     assert drawn.keys() == state.keys()
@@ -69,7 +74,7 @@ def test_float32_keeps_the_product_to_1e5(source):
 def test_no_noise_where_b_has_no_rank():
     (layer,) = rotate([pair_of(12, 4, 9, rank_of_b=2)], "it")
     assert (layer.spread > 0).tolist() == [True, True, False, False]
-    draw = TrainingFreePosterior([layer], 5.0, {}, {}).draw(torch.Generator().manual_seed(1))
+    draw = TrainingFreePosterior([layer], {}, 5.0, {}, {}).draw(torch.Generator().manual_seed(1))
     assert torch.equal(draw[layer.a_name][2:], layer.A[2:].float())
     assert torch.isfinite(draw[layer.a_name]).all()
 
@@ -78,7 +83,7 @@ def test_mean_and_covariance_of_draws_are_the_declared_ones():
     """Two chi-square tests and 66 z-scores over 4000 draws, wrong for one seed in 1000 together; the seed is fixed."""
     pair, sigma, n = pair_of(6, 3, 4), 0.3, 4000
     (layer,) = rotate([pair], "it")
-    posterior = TrainingFreePosterior([layer], sigma, {}, {})
+    posterior = TrainingFreePosterior([layer], {}, sigma, {}, {})
     generator = torch.Generator().manual_seed(5)
     draws = torch.stack([posterior.draw(generator)[layer.a_name] for _ in range(n)]).double().numpy()
     # declared independently of the code: numpy's decomposition, rows up to their signs, which a Gaussian does not see
@@ -98,7 +103,7 @@ def test_mean_and_covariance_of_draws_are_the_declared_ones():
 
 
 def test_draws_differ_repeat_and_are_float32(source):
-    posterior = TrainingFreePosterior(rotate(lora_pairs(source.adapters[0], "tfb"), "it"), 0.1, {}, {})
+    posterior = posterior_of(source, 0.1)
     one, two = (posterior.draw(torch.Generator().manual_seed(seed)) for seed in (1, 2))
     again = posterior.draw(torch.Generator().manual_seed(1))
     assert all(torch.equal(one[name], again[name]) for name in one)
@@ -107,7 +112,7 @@ def test_draws_differ_repeat_and_are_float32(source):
 
 
 def test_without_noise_the_scores_are_the_source_s(place, source, tmp_path):
-    posterior = TrainingFreePosterior(rotate(lora_pairs(source.adapters[0], "tfb"), "it"), 1e-9, {}, {})
+    posterior = posterior_of(source, 1e-9)
     folder = write_adapter(tmp_path / "drawn", source, posterior.draw(torch.Generator().manual_seed(0)))
     texts = ["Question: What colour is the sky?\nAnswer:"] * 3, [" blue", " dark orange", " red"]
     scores = [
@@ -162,6 +167,23 @@ def test_departure_counts_what_it_says():
         departure(np.log([[0.9, 0.1]]), np.array([[0.0, -np.inf]]), np.array([[True, False]]), "nll")
         == math.inf
     )
+
+
+def test_the_base_s_own_tensors_in_the_file_are_carried_along(tmp_path):
+    """PEFT saves the frozen head with an adapter of it."""
+    place = make_place(tmp_path, tied=False, target_modules=["q_proj", "lm_head"])
+    source = source_of(place / "adapters" / "member_00")
+    state = source.adapters[0].state
+    carried = [name for name in state if "lora_" not in name]
+    assert "base_model.model.lm_head.base_layer.weight" in carried
+    posterior = fit("tfb", source, data_of(place, source), anchors=4, search_draws=2, steps=0)
+    drawn = posterior.draw(torch.Generator().manual_seed(0))
+    assert all(torch.equal(drawn[name], state[name]) for name in carried)
+    folder = write_adapter(tmp_path / "drawn", source, drawn)
+    texts = ["The sky is"] * 2, [" blue", " dark orange"]
+    assert np.isfinite(
+        load_ensemble(None, folder, dtype="float32", device="cpu").loglikelihoods(*texts)
+    ).all()
 
 
 def changed(source: Source, state: dict | None = None, **config: object) -> Source:

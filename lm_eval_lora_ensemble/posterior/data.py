@@ -21,7 +21,7 @@ from lm_eval_lora_ensemble.harness import rendering
 from lm_eval_lora_ensemble.harness.rendering import RenderedDocument, Split
 from lm_eval_lora_ensemble.metrics.arrays import BoolArray, FloatArray
 from lm_eval_lora_ensemble.posterior.contract import Source, StoredState
-from lm_eval_lora_ensemble.posterior.lora_layers import one_adapter
+from lm_eval_lora_ensemble.posterior.lora_layers import carried_names, one_adapter
 from lm_eval_lora_ensemble.train.base import Base
 from lm_eval_lora_ensemble.train.examples import Choice, Example
 from lm_eval_lora_ensemble.train.layout import Layout
@@ -259,6 +259,11 @@ class TaskData:
             )
         return loaded
 
+    @functools.cached_property
+    def _carried(self) -> frozenset[str]:
+        """Names of the base's own tensors in the adapter's file, which are on the model for good."""
+        return frozenset(carried_names(self.adapter))
+
     @functools.lru_cache(maxsize=2)  # noqa: B019 - the training and the validation split, as long as the data lives
     def _split_documents(self, split: str) -> dict[str, list[Any]]:
         return {
@@ -307,7 +312,8 @@ class TaskData:
         odd = sorted({*state} ^ {*own}) or [name for name in own if state[name].shape != own[name].shape]
         if odd:
             raise EnsembleError(f"an adapter to be scored differs from {self.adapter.name} in {odd[0]}")
-        result = set_peft_model_state_dict(self.model, dict(state), adapter_name=self.adapter_name)
+        adapter = {name: state[name] for name in state if name not in self._carried}
+        result = set_peft_model_state_dict(self.model, adapter, adapter_name=self.adapter_name)
         if result.unexpected_keys:
             raise RuntimeError(f"PEFT has no place for {result.unexpected_keys[0]}")
 

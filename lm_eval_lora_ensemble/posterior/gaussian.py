@@ -78,7 +78,7 @@ class KroneckerPosterior(Posterior):
     def draw(self, generator: torch.Generator) -> AdapterState:
         """See :meth:`.contract.Posterior.draw`; float32, whatever the source was stored in."""
         drawn = {name: self.weights[name].draw(self.precision, generator) for name in sorted(self.weights)}
-        return as_state({**self.state, **drawn})
+        return as_state(drawn, self.state)
 
 
 def log_evidence(weights: Sequence[UncertainWeight], precision: float) -> float:

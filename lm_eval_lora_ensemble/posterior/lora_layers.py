@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-from lm_eval_lora_ensemble.ensemble.adapters.weights import PREFIX
+from lm_eval_lora_ensemble.ensemble.adapters.config import read_config
+from lm_eval_lora_ensemble.ensemble.adapters.folder import CONFIG, WEIGHTS
+from lm_eval_lora_ensemble.ensemble.adapters.weights import PREFIX, read_weights
 from lm_eval_lora_ensemble.errors import EnsembleError
-from lm_eval_lora_ensemble.posterior.contract import AdapterState, Source, SourceAdapter
+from lm_eval_lora_ensemble.posterior.contract import AdapterState, Source, SourceAdapter, StoredState
 
 A_SUFFIX = ".lora_A.weight"
 B_SUFFIX = ".lora_B.weight"
@@ -56,7 +59,7 @@ def lora_pairs(adapter: SourceAdapter, method: str) -> list[LoraPair]:
     """Return an adapter's pairs of matrices, sorted by layer.
 
     Raises:
-        EnsembleError: it holds anything but the matrices of linear layers, which the method would leave as it is.
+        EnsembleError: it has trained anything but the matrices of linear layers, which the method would leave as it is.
     """
     if adapter.config.get("use_dora"):
         raise EnsembleError(
@@ -79,7 +82,8 @@ def lora_pairs(adapter: SourceAdapter, method: str) -> list[LoraPair]:
             )
         A, B = (tensor.double() for tensor in tensors if tensor is not None)
         pairs.append(LoraPair(layer, A, B))
-    others = sorted(set(state) - {name for pair in pairs for name in (pair.a_name, pair.b_name)})
+    known = {name for pair in pairs for name in (pair.a_name, pair.b_name)} | set(carried_names(adapter))
+    others = sorted(set(state) - known)
     if others or not pairs:
         what = others[0] if others else "no matrices at all"
         raise EnsembleError(
@@ -89,9 +93,23 @@ def lora_pairs(adapter: SourceAdapter, method: str) -> list[LoraPair]:
     return pairs
 
 
-def as_state(tensors: dict[str, torch.Tensor]) -> AdapterState:
-    """Return tensors as a weights file takes them: float32, contiguous, each with memory of its own."""
-    return {
-        name: tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
-        for name, tensor in sorted(tensors.items())
-    }
+def carried_names(adapter: SourceAdapter) -> list[str]:
+    """Return the names of the base model's own tensors in the weights file.
+
+    PEFT saves the embeddings with an adapter of the output head, or of a base whose vocabulary was resized. They are
+    not trained, and every draw carries them along.
+    """
+    weights = read_weights(adapter.folder / WEIGHTS, read_config(adapter.folder / CONFIG), values=False)
+    return sorted(weights.names.values())
+
+
+def as_state(drawn: Mapping[str, torch.Tensor], kept: StoredState) -> AdapterState:
+    """Return a weights file's tensors, each with memory of its own.
+
+    Args:
+        drawn: stored in float32.
+        kept: an adapter whose other tensors are repeated as they are.
+    """
+    tensors = {name: tensor.detach().to("cpu", torch.float32, copy=True) for name, tensor in drawn.items()}
+    others = {name: kept[name].clone() for name in kept if name not in drawn}
+    return {name: tensor.contiguous() for name, tensor in sorted({**tensors, **others}.items())}

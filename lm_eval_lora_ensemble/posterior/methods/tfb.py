@@ -16,7 +16,7 @@ from tqdm import tqdm
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.metrics.arrays import BoolArray, FloatArray
 from lm_eval_lora_ensemble.metrics.choices import log_choice_probabilities
-from lm_eval_lora_ensemble.posterior.contract import AdapterState, Posterior, Source
+from lm_eval_lora_ensemble.posterior.contract import AdapterState, Posterior, Source, StoredState
 from lm_eval_lora_ensemble.posterior.data import TaskData
 from lm_eval_lora_ensemble.posterior.lora_layers import LoraPair, as_state, lora_pairs, one_adapter
 from lm_eval_lora_ensemble.posterior.options import Option
@@ -58,15 +58,22 @@ class TrainingFreePosterior(Posterior):
 
     Args:
         layers: of the adapter.
+        state: the adapter, whose other tensors every draw repeats.
         sigma: σ, at least 0.
         config: the source's.
         settings: for the manifest.
     """
 
     def __init__(
-        self, layers: Sequence[Rotated], sigma: float, config: Mapping[str, Any], settings: Mapping[str, Any]
+        self,
+        layers: Sequence[Rotated],
+        state: StoredState,
+        sigma: float,
+        config: Mapping[str, Any],
+        settings: Mapping[str, Any],
     ) -> None:
         self.layers = layers
+        self.state = state
         self.sigma = sigma
         self.config = config
         self.settings = settings
@@ -78,7 +85,7 @@ class TrainingFreePosterior(Posterior):
             noise = torch.randn(layer.A.shape, generator=generator, dtype=torch.float64)
             tensors[layer.a_name] = layer.A + self.sigma * layer.spread[:, None] * noise
             tensors[layer.b_name] = layer.B
-        return as_state(tensors)
+        return as_state(tensors, self.state)
 
 
 @method(
@@ -161,7 +168,7 @@ def fit(
     bar = tqdm(desc="tfb: draws scored", unit="draw", leave=False)
 
     def mixture_at(sigma: float) -> FloatArray:
-        posterior = TrainingFreePosterior(layers, sigma, adapter.config, {})
+        posterior = TrainingFreePosterior(layers, adapter.state, sigma, adapter.config, {})
         return mixture_of_draws(
             data, documents, scale, posterior, search_generators(search_seed, search_draws), bar.update
         )
@@ -189,7 +196,7 @@ def fit(
         "choice_temperature": choice_temperature,
         "path": [step.as_mapping() for step in path],
     }
-    return TrainingFreePosterior(layers, sigma, adapter.config, settings)
+    return TrainingFreePosterior(layers, adapter.state, sigma, adapter.config, settings)
 
 
 def rotate(pairs: Sequence[LoraPair], name: str) -> list[Rotated]:
