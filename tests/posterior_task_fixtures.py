@@ -24,9 +24,10 @@ def make_place(place: Path, *, tied: bool = True, **lora: object) -> Path:
     make_task(tasks, "colours", test=5)
     make_task(tasks, "judged_on_validation")
     make_task(tasks, "generating", output_type="generate_until", doc_to_choice=None, test=5)
-    make_task(
-        tasks, "letters", test=5, doc_to_choice="{{['red', 'green', 'blue', 'lamp', 'sun'][:choices|length]}}"
+    letters = (
+        "{{['a', 'b', 'c', 'd', 'e'][:choices | length]}}"  # one token each, as the byte-level tokenizer cuts
     )
+    make_task(tasks, "letters", test=5, doc_to_choice=letters, target_delimiter="")
     random_adapters(place / "base", place / "adapters", 2, **{"spread": 0.1, **lora})
     return place
 
