@@ -69,7 +69,7 @@ def test_of_the_output_head_draws_have_the_linearised_predictive(with_head):
     source = source_of(with_head / "adapters" / "member_00")
     data = data_of(with_head, source, "letters")
     sample = data.sample(3)
-    posterior = fit("laplace", source, data, layers="last", documents=6, prior_precision=25.0)
+    posterior = fit("laplace", source, data, layers="last", documents=6, prior_precision=0.25)
     drawn = posterior.draw(torch.Generator().manual_seed(0))
     (name,) = posterior.weights
     assert name == "base_model.model.lm_head.lora_B.weight"
@@ -82,10 +82,10 @@ def test_of_the_output_head_draws_have_the_linearised_predictive(with_head):
         finite = [s for s in scores[0] if torch.isfinite(s)]
         rows = [torch.autograd.grad(s, module.weight, retain_graph=True)[0].flatten() for s in finite]
         linear = (torch.stack(rows) @ change).numpy()
-        true = (moved[d] - own[d])[: len(finite)]
-        assert np.ptp(true) > 0.1
+        true = moved[d, : len(finite)] - own[d, : len(finite)]
+        assert np.ptp(true) > 0.05
         # the log of the softmax's normaliser over the vocabulary is common to all choices
-        assert true - true.mean() == pytest.approx(linear - linear.mean(), abs=2e-4)
+        assert true - true.mean() == pytest.approx(linear - linear.mean(), abs=5e-4)
 
 
 def test_curvature_grows_with_the_documents_it_stands_for(place, source):
