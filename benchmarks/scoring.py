@@ -15,8 +15,8 @@ runs in a process of its own, with the checkout's ``.venv`` if it has one, and t
 
     python benchmarks/scoring.py --tasks arc_easy:0:200 --against ../release-0.1.0 --pairs 6
 
-``--breakdown`` adds where the ensemble's time goes, by torch's profiler. ``--rounding`` measures something else: how far
-scores in half precision are from float32, ``hf``'s and the ensemble's.
+``--breakdown`` adds where the ensemble's time goes, by torch's profiler. ``--rounding`` measures something else: how
+far scores in half precision are from float32, ``hf``'s and the ensemble's.
 
     python benchmarks/scoring.py --tasks arc_easy:0:125,hellaswag:0:30 --dtype bfloat16 --rounding
 
