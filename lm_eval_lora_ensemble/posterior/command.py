@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +36,9 @@ def run(arguments: argparse.Namespace) -> int:
     from lm_eval_lora_ensemble.posterior.draw import draw
     from lm_eval_lora_ensemble.posterior.options import split_words
 
+    # a search says its path while it walks it
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("lm_eval_lora_ensemble").setLevel(logging.INFO)
     folder = draw(arguments.method, arguments.source, **split_words(arguments.settings))
     drawn = Manifest.read(folder)
     assert drawn.method is not None
