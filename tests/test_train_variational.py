@@ -78,6 +78,7 @@ def ivons_own(parameters, recipe):
         beta1=recipe.ivon_beta1,
         beta2=recipe.ivon_beta2,
         weight_decay=recipe.weight_decay,
+        rescale_lr=False,
         clip_radius=float("inf") if recipe.ivon_clip_radius is None else recipe.ivon_clip_radius,
     )
 
@@ -86,7 +87,7 @@ def ivons_own(parameters, recipe):
 @pytest.mark.parametrize("decay", [0.0, 1e-2])
 def test_the_ivon_step_is_ivon_opts(folder, radius, decay):
     """Forty steps of a regression, the same noise fed to both; the last ones at another rate."""
-    keys = {"learning_rate": 0.2, "ivon_ess": 1e3, "ivon_hess_init": 0.1, "ivon_beta2": 0.95}
+    keys = {"learning_rate": 0.02, "ivon_ess": 1e3, "ivon_hess_init": 0.1, "ivon_beta2": 0.95}
     recipe = make_recipe(
         folder,
         optimizer="ivon",
@@ -95,7 +96,7 @@ def test_the_ivon_step_is_ivon_opts(folder, radius, decay):
         weight_decay=decay,
         gradient_clip=None,
         swa_start=30,
-        swa_learning_rate=0.05,
+        swa_learning_rate=0.005,
     )
     tensors, x, y = toy_tensors()
     ours = IvonOptimiser(tensors, recipe, 40, seed=5)
@@ -108,7 +109,7 @@ def test_the_ivon_step_is_ivon_opts(folder, radius, decay):
         toy_loss(*toy_parts(tensors.parameters[0]), x, y).backward()
         ours.restore()
         ours.step(step)
-        theirs.param_groups[0]["lr"] = 0.2 if step < 30 else 0.05
+        theirs.param_groups[0]["lr"] = 0.02 if step < 30 else 0.005
         torch.manual_seed(draw_seed(5, step))
         with theirs.sampled_params(train=True):
             parameter.grad = None
@@ -327,7 +328,7 @@ def test_gradients_are_taken_at_a_draw_and_the_member_is_its_mean(folder, name, 
     engine.step(trainer.order.epoch(1, [0, 1])[0], 0, engine.names)
     assert ((seen[0] - before).abs().amax(1) > 1e-3).all()
     assert (seen[0][0] - before[0] - (seen[0][1] - before[1])).abs().max() > 1e-3  # each member its own noise
-    assert (engine.matrix.values - before).abs().max() < 0.1 * (seen[0] - before).abs().max()
+    assert (engine.matrix.values - before).abs().max() < 0.5 * (seen[0] - before).abs().max()
 
 
 @pytest.mark.parametrize("name", METHOD_KEYS)

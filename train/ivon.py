@@ -8,7 +8,7 @@ g there and sets, element by element,
     ĥ = g · (θ − m) · ess · (h + δ)                          the reparameterisation estimate
     h ← β₂ h + (1 − β₂) ĥ + ½ (1 − β₂)² (h − ĥ)² / (h + δ)
     v ← β₁ v + (1 − β₁) g
-    m ← m − lr · (h₀ + δ) · clip((v / (1 − β₁ᵗ) + δ m) / (h + δ), ± clip_radius)
+    m ← m − lr · clip((v / (1 − β₁ᵗ) + δ m) / (h + δ), ± clip_radius)
 
 The last correction of h keeps h + δ positive. One draw a step serves all its batches.
 """
@@ -71,8 +71,7 @@ class IvonOptimiser(MemberOptimiser):
         radius = recipe.ivon_clip_radius
         if radius is not None:
             direction.clamp_(-radius, radius)
-        rate = self._rate(step) * (recipe.ivon_hess_init + decay)
-        self.tensors.put(self.mean - rate * direction)
+        self.tensors.put(self.mean - self._rate(step) * direction)
         return norm
 
     def state(self) -> dict[str, torch.Tensor]:
