@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from lm_eval_lora_ensemble.disk import sha256
-from lm_eval_lora_ensemble.ensemble.adapters.folder import link_root, regular_file
+from lm_eval_lora_ensemble.ensemble.adapters.folder import POSTERIOR, link_root, regular_file
 from lm_eval_lora_ensemble.errors import EnsembleError
 
-FILE_NAME = "posterior.safetensors"
+FILE_NAME = POSTERIOR
 _HEADER = "posterior"
 
 

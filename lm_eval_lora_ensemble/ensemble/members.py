@@ -13,6 +13,7 @@ from lm_eval_lora_ensemble.ensemble import manifest
 from lm_eval_lora_ensemble.ensemble.adapters.config import AdapterConfig
 from lm_eval_lora_ensemble.ensemble.adapters.folder import (
     CONFIG,
+    POSTERIOR,
     WEIGHTS,
     check_adapter,
     check_config,
@@ -264,7 +265,9 @@ def _local(item: str | Path) -> Path:
 
     try:
         return Path(
-            snapshot_download(text, allow_patterns=[CONFIG, WEIGHTS, "README.md", "tokenizer*.json"])
+            snapshot_download(
+                text, allow_patterns=[CONFIG, WEIGHTS, POSTERIOR, "README.md", "tokenizer*.json"]
+            )
         ).resolve()
     except (OSError, ValueError) as error:
         raise EnsembleError(

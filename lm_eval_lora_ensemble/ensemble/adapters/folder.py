@@ -17,6 +17,8 @@ from lm_eval_lora_ensemble.errors import EnsembleError
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+POSTERIOR = "posterior.safetensors"
+"""What variational training leaves beside an adapter, for draws of it."""
 PICKLE = "adapter_model.bin"
 
 
