@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import disk_offload
 from conftest import random_adapters, tiny_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -338,3 +339,21 @@ def test_tuning_only_steers(model, size):
 def test_requests_that_cannot_be_scored(context, continuation):
     with pytest.raises(ValueError, match="token"):
         truncate(context, continuation, 8)
+
+
+def test_a_base_with_its_layers_on_disk_scores_as_one_in_memory(llama, tmp_path):
+    """Weights, adapters too, come and go by accelerate's hooks while a pass runs."""
+    adapters = random_adapters(llama, tmp_path / "e", 2)
+    model = LoraEnsembleLM(adapters=str(adapters), device="cpu")
+    requests = few_shot_requests(4)
+    expected = run(model, requests)
+    for derived in ("_packed", "_trials"):
+        del vars(model)[derived]
+    layers = model.model.get_base_model().get_decoder().layers
+    for i, layer in enumerate(layers):
+        disk_offload(layer, str(tmp_path / f"offload_{i}"), execution_device="cpu")
+    assert {parameter.device.type for parameter in layers.parameters()} == {"meta"}
+    found = run(model, requests)
+    assert model._used is not None and model._used.attention == "segments"
+    np.testing.assert_allclose([v.members for v, _ in found], [v.members for v, _ in expected], atol=1e-5)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
