@@ -42,7 +42,14 @@ class Trace:
         return Trace(
             *(
                 values[..., start:stop]
-                for values in (self.tokens, self.log_probs, self.total, self.data, self.effective, self.members)
+                for values in (
+                    self.tokens,
+                    self.log_probs,
+                    self.total,
+                    self.data,
+                    self.effective,
+                    self.members,
+                )
             ),
             ended=self.ended,
         )
@@ -63,17 +70,20 @@ class EnsembleText(str):
     ``Instance.resps``, which filters leave alone. What filters make of it is a plain string.
 
     Attributes:
-        trace: of the tokens that the text consists of, and of the one that ended it.
+        trace: of the tokens that the text consists of, and of the one that ended it; None of a text that somebody
+            else made, such as the target that lm-eval casts to its answer's type.
         pieces: text of each of these tokens.
         skipped: number of tokens generated before the answer, a thought that lm-eval takes away.
     """
 
     __slots__ = ("pieces", "skipped", "trace")
-    trace: Trace
+    trace: Trace | None
     pieces: tuple[str, ...]
     skipped: int
 
-    def __new__(cls, text: str, trace: Trace, pieces: Sequence[str], skipped: int = 0) -> EnsembleText:
+    def __new__(
+        cls, text: object = "", trace: Trace | None = None, pieces: Sequence[str] = (), skipped: int = 0
+    ) -> EnsembleText:
         """Attach ``trace`` to ``text``."""
         self = super().__new__(cls, text)
         self.trace, self.pieces, self.skipped = trace, tuple(pieces), skipped
@@ -83,8 +93,14 @@ class EnsembleText(str):
         return type(self), (str(self), self.trace, self.pieces, self.skipped)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what a sample logs, as JSON values: nats, rounded to 1e-6."""
+        """Return what a sample logs, as JSON values: nats, rounded to 1e-6.
+
+        Raises:
+            ValueError: the text carries no trace.
+        """
         trace = self.trace
+        if trace is None:
+            raise ValueError("the text carries no trace")
         return {
             "text": str(self),
             "ended": trace.ended,

@@ -1,4 +1,4 @@
-"""Keys and values of the rows of a batch: in place as they grow, shared where prompts begin alike, dropped when done."""
+"""Keys and values of a batch's rows: in place as they grow, shared where prompts begin alike, dropped when done."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ class GrowingLayer(DynamicLayer):
         """Append the states of new tokens and return all."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self._buffers = [states.new_empty(*states.shape[:2], 0, states.shape[3]) for states in (key_states, value_states)]
+            self._buffers = [
+                states.new_empty(*states.shape[:2], 0, states.shape[3])
+                for states in (key_states, value_states)
+            ]
         start, stop = self._length, self._length + key_states.shape[2]
         for i, states in enumerate((key_states, value_states)):
             if stop > self._buffers[i].shape[2]:
@@ -74,7 +77,9 @@ def copy_rows(prefix: Any, into: Any, repeats: int) -> None:
     """Fill an empty cache with each row of ``prefix`` so many times, one after another."""
     for ours, theirs in zip(into.layers, prefix.layers, strict=True):
         if theirs.is_initialized:
-            ours.update(theirs.keys.repeat_interleave(repeats, dim=0), theirs.values.repeat_interleave(repeats, dim=0))
+            ours.update(
+                theirs.keys.repeat_interleave(repeats, dim=0), theirs.values.repeat_interleave(repeats, dim=0)
+            )
 
 
 def keep_rows(cache: Any, rows: torch.Tensor) -> None:

@@ -193,9 +193,7 @@ class Decoder:
         measures = token_measures(log_probs)
         of_mixture = mixture.gather(1, chosen[:, None])[:, 0]
         # one transfer a token, not one a number
-        seen = torch.cat(
-            [torch.stack([of_mixture, *measures, effective_members(weights)]).double(), members]
-        )
+        seen = torch.cat([torch.stack([of_mixture, *measures, effective_members(weights)]).double(), members])
         for row, token, column in zip(rows, chosen.tolist(), seen.T.cpu().numpy(), strict=True):
             row.tokens.append(token)
             row.seen.append(column)
@@ -216,7 +214,9 @@ class Decoder:
         if self._shared[0] != beginning:
             kept = [new_cache(self._model.config, room)[0] for _ in self._sides]
             tokens = torch.tensor([beginning], device=self._device)
-            self._forward(kept, tokens, torch.ones_like(tokens), torch.arange(shared, device=self._device)[None])
+            self._forward(
+                kept, tokens, torch.ones_like(tokens), torch.arange(shared, device=self._device)[None]
+            )
             self._shared = (beginning, kept)
         for cache, kept_cache in zip(caches, self._shared[1], strict=True):
             copy_rows(kept_cache, cache, len(prompts))
@@ -225,18 +225,19 @@ class Decoder:
     def _forward(
         self, caches: Sequence[Any], tokens: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor
     ) -> torch.Tensor:
-        """Return every member's next-token log-probabilities, float32 [N, B, V]."""
+        """Return every member's next-token log-probabilities [N, B, V], float32, or float64 of a model that is."""
         found = []
         for side, cache in zip(self._sides, caches, strict=True):
             inputs = {"input_ids": tokens, "attention_mask": mask}
             if self._takes_positions:
                 inputs["position_ids"] = positions
             of_members = {name: value.repeat(side.members, 1) for name, value in inputs.items()}
-            with side.activate():
+            with side.activate(), torch.inference_mode():
                 output = self._model(
                     **of_members, **{self._cache_argument: cache}, use_cache=True, **self._last_only
                 )
-            logits = output.logits[:, -1].float()
+            logits = output.logits[:, -1]
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             found.append(torch.log_softmax(logits, dim=-1).view(side.members, len(tokens), -1))
         return (found[0] if len(found) == 1 else torch.cat(found)).to(self._device)
 

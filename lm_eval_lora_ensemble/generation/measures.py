@@ -63,7 +63,8 @@ def answer_measures(
     Args:
         member_log_probs: (N, L), log p_m of each token.
         log_probs: (L,), of the distribution the text was decoded from, before temperature and the like.
-        total, data: (L,), from :func:`token_measures`.
+        total: (L,), from :func:`token_measures`.
+        data: (L,), likewise.
 
     Returns:
         In nats; all NaN where L is 0.

@@ -60,7 +60,9 @@ def find_way(
     """Return the fastest way that gives what each member gives alone, on a few short texts.
 
     Args:
-        model, names, activate: as for :func:`sides_of`.
+        model: wrapped by PEFT, or the base model alone.
+        names: PEFT's names of the members.
+        activate: makes the model answer as the member of that number.
         make: a decoder of these sides.
         vocabulary: number of tokens V.
     """
@@ -71,7 +73,9 @@ def find_way(
     for way in dict.fromkeys(ways):
         if not way.stacked and not way.share:
             break
-        failed = _trial(model, max(1, len(names)), activate, make(sides_of(model, names, activate, way)), way, vocabulary)
+        failed = _trial(
+            model, max(1, len(names)), activate, make(sides_of(model, names, activate, way)), way, vocabulary
+        )
         if failed is None:
             return way._replace(reason=reason)
         reason = failed
@@ -91,7 +95,11 @@ def _trial(
     try:
         traces = dict(decoder.decode(prompts, shared, greedy, lambda _: False))
     except (RuntimeError, ValueError, IndexError, AttributeError) as error:
-        return f"members side by side fail in a trial ({type(error).__name__})" if way.stacked else type(error).__name__
+        return (
+            f"members side by side fail in a trial ({type(error).__name__})"
+            if way.stacked
+            else type(error).__name__
+        )
     found = np.concatenate([traces[i].members for i in range(len(texts))], axis=1)
     whole = [[*text, *traces[i].tokens.tolist()] for i, text in enumerate(texts)]
     alone = partial(_alone_log_probs, model, members, activate, whole)
@@ -101,7 +109,11 @@ def _trial(
     dtype = next(iter(model.parameters())).dtype
     if dtype in (torch.float32, torch.float64):
         worst = float(np.abs(found - by_itself).max())
-        return None if worst <= _TOLERANCE else f"texts decoded together differ by {worst:.2g} nats a token in a trial"
+        return (
+            None
+            if worst <= _TOLERANCE
+            else f"texts decoded together differ by {worst:.2g} nats a token in a trial"
+        )
     with in_float32(model):
         exact = alone()
     allowed = max(_HALF_FACTOR * _root_mean_square(by_itself - exact), _HALF_LEAST)
@@ -116,7 +128,7 @@ def _alone_log_probs(
     device = model.get_input_embeddings().weight.device
     found = np.empty((members, 3 * len(texts)))
     for member, (i, text) in itertools.product(range(members), enumerate(texts)):
-        with _alone(activate, member):
+        with _alone(activate, member), torch.inference_mode():
             logits = model(input_ids=torch.tensor([text[:-1]], device=device)).logits[0, -3:].float()
         log_probs = torch.log_softmax(logits, dim=-1).cpu()
         found[member, 3 * i : 3 * i + 3] = log_probs[range(3), list(text[-3:])].double().numpy()
@@ -131,5 +143,3 @@ def _alone(activate: Callable[[int], None], member: int) -> Iterator[None]:
 
 def _root_mean_square(errors: npt.NDArray[np.float64]) -> float:
     return float(np.sqrt(np.mean(np.square(errors))))
-
-

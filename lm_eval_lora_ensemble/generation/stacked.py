@@ -30,7 +30,10 @@ def why_not_stacked(model: Any, names: Sequence[str]) -> str | None:
             continue
         if type(module) is not lora.Linear:
             return f"{place} is PEFT's {type(module).__name__}, not its plain LoRA layer"
-        if any(name in getattr(module, "lora_variant", {}) or getattr(module, "use_dora", {}).get(name) for name in names):
+        if any(
+            name in getattr(module, "lora_variant", {}) or getattr(module, "use_dora", {}).get(name)
+            for name in names
+        ):
             return f"{place} has a variant of LoRA"
         if any(name in module.lora_B and module.lora_B[name].bias is not None for name in names):
             return f"{place} has a LoRA bias"

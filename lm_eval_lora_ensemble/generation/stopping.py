@@ -17,7 +17,9 @@ class StopStrings:
         decode: tokens to text, special ones included.
     """
 
-    def __init__(self, strings: Sequence[str], encode: Callable[[str], Sequence[int]], decode: Decode) -> None:
+    def __init__(
+        self, strings: Sequence[str], encode: Callable[[str], Sequence[int]], decode: Decode
+    ) -> None:
         self._strings = [string for string in strings if string]
         self._decode = decode
         # two tokens more than it takes: a text may put a stop string together otherwise than its own encoding

@@ -90,7 +90,9 @@ class TextGenerator:
             with bar:
                 for group in groups.get_batched(n=0):
                     indices = [i for *_, i in group]
-                    for i, text in self._group(decoder, [requests[i] for i in indices], [draws[i] for i in indices]):
+                    for i, text in self._group(
+                        decoder, [requests[i] for i in indices], [draws[i] for i in indices]
+                    ):
                         texts[indices[i]] = text
                         bar.update()
         return [text for text in texts if text is not None]
@@ -101,10 +103,14 @@ class TextGenerator:
         """Yield (index, text) of requests that share their generation arguments."""
         lm = self._lm
         arguments = self._arguments(requests[0].args[1])
-        prompts = [self._prompt(request, arguments, draw) for request, draw in zip(requests, draws, strict=True)]
+        prompts = [
+            self._prompt(request, arguments, draw) for request, draw in zip(requests, draws, strict=True)
+        ]
         choose = NextToken(arguments.settings, self._end_tokens)
         stops = StopStrings(
-            arguments.until, lambda text: lm.tokenizer.encode(text, add_special_tokens=False), lm.tokenizer.decode
+            arguments.until,
+            lambda text: lm.tokenizer.encode(text, add_special_tokens=False),
+            lm.tokenizer.decode,
         )
         longest = max(len(prompt.tokens) + prompt.max_new_tokens for prompt in prompts)
         # a row may be padded to the longest prompt behind the beginning that it shares
@@ -153,12 +159,14 @@ class TextGenerator:
         max_gen_toks = kwargs.pop("max_gen_toks")
         if not 0 < max_gen_toks < lm.max_length:
             raise EnsembleError(
-                f"generation_kwargs: max_gen_toks={max_gen_toks}: from 1 to {lm.max_length - 1} new tokens can follow a "
-                f"prompt, since max_length is {lm.max_length}"
+                f"generation_kwargs: max_gen_toks={max_gen_toks}: with max_length={lm.max_length} from 1 to "
+                f"{lm.max_length - 1} new tokens can follow a prompt"
             )
         max_length = kwargs.pop("max_length", None)
         if max_length is not None:
-            logger.warning("max_length in generation_kwargs counts the prompt's tokens too; max_gen_toks does not")
+            logger.warning(
+                "max_length in generation_kwargs counts the prompt's tokens too; max_gen_toks does not"
+            )
         settings = Settings.of(kwargs, self._causal.generation_config)
         return Arguments(settings, until, max_gen_toks, max_length)
 
@@ -205,7 +213,11 @@ class TextGenerator:
         known: tuple[str, Way] | None = getattr(lm, "_generation_way", None)
         if known is None or known[0] != key:
             way = find_way(
-                lm.model, self._names, lm._activate, self._make, self._causal.get_input_embeddings().num_embeddings
+                lm.model,
+                self._names,
+                lm._activate,
+                self._make,
+                self._causal.get_input_embeddings().num_embeddings,
             )
             if lm.n_members > 1 and not way.stacked:
                 logger.warning("members generate one after another, which is slower: %s", way.reason)

@@ -239,7 +239,11 @@ class LoraEnsembleLM(HFLM):
             "quantization": {name: str(value) for name, value in self._quantization.items()} or None,
             "max_length": self.max_length,
             # caches of release 0.1 know no other
-            **({} if self.generation_average == "posterior" else {"generation_average": self.generation_average}),
+            **(
+                {}
+                if self.generation_average == "posterior"
+                else {"generation_average": self.generation_average}
+            ),
         }
 
     def loglikelihood(
@@ -316,7 +320,8 @@ class LoraEnsembleLM(HFLM):
             return TextGenerator(self).generate(requests, disable_tqdm=disable_tqdm)
         if self.n_members > 1:
             raise EnsembleError(
-                f"{self.ensemble.base_model} is an encoder–decoder, from which only one member can generate; add members=1"
+                f"{self.ensemble.base_model} is an encoder–decoder, from which one member alone can generate; "
+                "add members=1 to --model_args"
             )
         texts: list[str] = super().generate_until(requests, disable_tqdm=disable_tqdm)
         return texts
