@@ -104,7 +104,7 @@ class Decoder:
         self._sides = sides
         self._average = average
         self._pad = pad_token
-        self._end_tokens = frozenset(end_tokens)
+        self.end_tokens = frozenset(end_tokens)
         self._device = causal.get_input_embeddings().weight.device
         taken = inspect.signature(causal.forward).parameters
         # transformers 5.24 renames the argument; 5.40 drops the old name
@@ -199,7 +199,7 @@ class Decoder:
             row.seen.append(column)
 
     def _ended(self, row: _Row, stops: Stops) -> Ended | None:
-        if row.tokens[-1] in self._end_tokens:
+        if row.tokens[-1] in self.end_tokens:
             return "end_token"
         if stops(row.tokens):
             return "stop_string"

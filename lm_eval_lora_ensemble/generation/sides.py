@@ -91,7 +91,7 @@ def _trial(
     texts = [[*beginning, *rest[: 6 - 2 * i]] for i, rest in enumerate(rests)]
     shared = len(beginning) if way.share and decoder.can_share(20) else 0
     prompts = [Prompt(text, 3, lambda: 0.0) for text in texts]
-    greedy = NextToken(Settings(), ())
+    greedy = NextToken(Settings(min_new_tokens=3), sorted(decoder.end_tokens))  # whatever the model would say
     try:
         traces = dict(decoder.decode(prompts, shared, greedy, lambda _: False))
     except (RuntimeError, ValueError, IndexError, AttributeError) as error:
