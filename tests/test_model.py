@@ -121,13 +121,6 @@ def test_members_takes_the_first_k(ensemble):
     np.testing.assert_allclose(two.members, three.members[:2], atol=1e-5)
 
 
-def test_generate_until_names_the_way_out(ensemble):
-    request = instances([("The members", {"until": ["\n"], "max_gen_toks": 4})], "generate_until")
-    with pytest.raises(EnsembleError, match=r"not yet supported for ensembles.*--model hf.*epoch=0"):
-        lora(ensemble).generate_until(request)
-    assert isinstance(lora(ensemble, epoch=0).generate_until(request)[0], str)
-
-
 def test_model_info_identifies_the_ensemble(ensemble, llama, tmp_path):
     info = lora(ensemble).get_model_info()["lora_ensemble"]
     assert [member["name"] for member in info["members"]] == ["member_00", "member_01", "member_02"]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lm_eval_lora_ensemble.analysis.answers import AnswerResult
 from lm_eval_lora_ensemble.analysis.arguments import (
     add_replicates,
     add_settings,
@@ -32,6 +33,7 @@ from lm_eval_lora_ensemble.analysis.scales import METRICS_BY_SCALE, ScaleResult,
 from lm_eval_lora_ensemble.disk import write_json
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.metrics.bootstrap import Estimate
+from lm_eval_lora_ensemble.metrics.detection import Detection
 from lm_eval_lora_ensemble.metrics.registry import METRICS
 from lm_eval_lora_ensemble.metrics.strings import STRING_METRICS
 
@@ -108,7 +110,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _check_names(runs: list[Run], names: Iterable[str]) -> None:
     """Refuse a task that some run lacks; say so if the samples come from different models."""
     for name in names:
-        have = [run for run in runs if name in run]
+        have = [run for run in runs if name in run or name in run.answers]
         lacks = [run for run in runs if run not in have]
         if have and lacks:
             raise EnsembleError(
@@ -126,23 +128,9 @@ def _print_result(result: UncertaintyResult, distribution: Distribution, shown: 
     for name in shown:
         if name in result.tasks:
             _print_task(name, result.tasks[name], ensemble=result.members > 1)
-    for inside, by_task in result.detection.items():
-        rows: list[Row] = [
-            (outside, score, _cell(d.auroc), _cell(d.aupr), _cell(d.fpr95))
-            for outside, by_score in by_task.items()
-            for score, d in by_score.items()
-        ]
-        _table(
-            f"Out-of-domain detection, in-domain {inside}",
-            ("out-of-domain", "score", "AUROC ↑", "AUPR ↑", "FPR95 ↓"),
-            rows,
-        )
-        for outside, by_score in by_task.items():
-            for score, d in by_score.items():
-                if d.note:
-                    print(f"  {outside}, {score}: {d.note}")
+    _print_detection(result.detection)
     for name, recalibrated in result.recalibration.items():
-        rows = [
+        rows: list[Row] = [
             (
                 r.order,
                 ", ".join(f"{t:.3g}" for t in r.temperatures) + (" (at limit)" if r.at_limit else ""),
@@ -170,8 +158,51 @@ def _print_result(result: UncertaintyResult, distribution: Distribution, shown: 
                 for metric, estimate in strings.metrics.items()
             ],
         )
+    for name, by_filter in result.answers.items():
+        for filter_key, answers in by_filter.items():
+            _print_answers(name if filter_key == "none" else f"{name}, {filter_key}", answers)
+    _print_detection(result.answer_detection)
     for name, reason in result.skipped.items():
         print(f"left out: {name}: {reason}")
+
+
+def _print_detection(detection: Mapping[str, Mapping[str, Mapping[str, Detection]]]) -> None:
+    for inside, by_task in detection.items():
+        rows: list[Row] = [
+            (outside, score, _cell(d.auroc), _cell(d.aupr), _cell(d.fpr95))
+            for outside, by_score in by_task.items()
+            for score, d in by_score.items()
+        ]
+        _table(
+            f"Out-of-domain detection, in-domain {inside}",
+            ("out-of-domain", "score", "AUROC ↑", "AUPR ↑", "FPR95 ↓"),
+            rows,
+        )
+        for outside, by_score in by_task.items():
+            for score, d in by_score.items():
+                if d.note:
+                    print(f"  {outside}, {score}: {d.note}")
+
+
+def _print_answers(name: str, answers: AnswerResult) -> None:
+    """Print the scores of generated answers: their means, and what they tell of errors."""
+    head = ("score (the higher, the less sure)", "mean", "AUROC of errors ↑", "AURC ↓", "PRR ↑")
+    rows: list[Row] = []
+    for score, mean in answers.means.items():
+        told = answers.errors.get(score)
+        rows.append(
+            (score, _cell(mean), _cell(told.auroc), _cell(told.aurc), _cell(told.prr))
+            if told
+            else (score, _cell(mean), "–", "–", "–")
+        )
+    judged = f", right or wrong by {answers.judged_by}" if answers.judged_by else ", without right and wrong"
+    without = f", {answers.left_out} without an answer left out" if answers.left_out else ""
+    _table(f"{name}: {answers.documents} generated answers{judged}{without}", head, rows)
+    if answers.accuracy and answers.confidence and answers.ece:
+        print(
+            f"  accuracy {_cell(answers.accuracy)}, mean p(answer) {_cell(answers.confidence)}, "
+            f"ece of p(answer) {_cell(answers.ece)}"
+        )
 
 
 def _print_task(name: str, task: TaskResult, *, ensemble: bool) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from lm_eval_lora_ensemble.analysis.answers import AnswerResult, detect_answers, evaluate_answers
 from lm_eval_lora_ensemble.analysis.conformal_sets import conformal_results
 from lm_eval_lora_ensemble.analysis.domains import detect_all, in_domain_tasks
 from lm_eval_lora_ensemble.analysis.result import (
@@ -30,6 +31,7 @@ from lm_eval_lora_ensemble.metrics.bootstrap import (
     mean_of,
 )
 from lm_eval_lora_ensemble.metrics.calibration import reliability_table
+from lm_eval_lora_ensemble.metrics.detection import Detection
 from lm_eval_lora_ensemble.metrics.ensemble_size import by_size
 from lm_eval_lora_ensemble.metrics.predictions import Predictions
 from lm_eval_lora_ensemble.metrics.recalibration import ORDERS, TemperatureScaling, recalibrate
@@ -69,13 +71,16 @@ def evaluate(
         0.98
     """
     chosen = settings or Settings()
-    for name in ood:
+    of_choices = [name for name in ood if name not in run.answers]
+    for name in of_choices:
         run.scored_leaves(name)  # raises before the work, not after
     if calibrate:
         run.leaves(calibrate)
     results: dict[str, TaskResult] = {}
     drawn: dict[str, Bootstrapped] = {}
-    skipped = {name: why for name, why in run.skipped.items() if name not in run.strings}
+    skipped = {
+        name: why for name, why in run.skipped.items() if name not in run.strings and name not in run.answers
+    }
     # Tasks before groups: a group's macro value is the mean of its tasks' resamples.
     for name in (*run.tasks, *run.groups):
         predictions = run.predictions(name)
@@ -83,7 +88,7 @@ def evaluate(
             skipped[name] = f"gold answers unknown: {predictions.missing_gold}"
             continue
         results[name], drawn[name] = _evaluate_task(run, name, drawn, chosen)
-    if not results and not ood and not run.strings:
+    if not results and not ood and not run.strings and not run.answers:
         raise EnsembleError(f"{run.source}: no task has gold answers: {skipped}")
 
     return UncertaintyResult(
@@ -92,7 +97,7 @@ def evaluate(
         members=run.n_members,
         settings=chosen,
         tasks={name: results[name] for name in run.names() if name in results},
-        detection=detect_all(run, ood, chosen),
+        detection=detect_all(run, of_choices, chosen),
         recalibration=_recalibrate_all(run, calibrate, chosen) if calibrate else {},
         skipped=skipped,
         strings={
@@ -102,7 +107,43 @@ def evaluate(
             )
             for name, scores in run.strings.items()
         },
+        answers=answer_results(run, chosen),
+        answer_detection=answer_detections(run, ood, chosen),
     )
+
+
+def answer_results(run: Run, settings: Settings) -> dict[str, dict[str, AnswerResult]]:
+    """Return the results of a run's tasks of generated texts, by task and lm-eval's filter."""
+    return {
+        name: evaluate_answers(
+            scores,
+            ResamplingPlan(scores.n_documents, settings.resamples, settings.seed, level=settings.level),
+            settings.bins,
+        )
+        for name, scores in run.answers.items()
+        if scores.n_documents
+    }
+
+
+def answer_detections(
+    run: Run, ood: Sequence[str], settings: Settings
+) -> dict[str, dict[str, dict[str, Detection]]]:
+    """Compare each out-of-domain task of generated texts with each other one, as far as a run has both."""
+    outside = [name for name in ood if name in run.answers]
+    return {
+        inside: {
+            name: detect_answers(
+                run.answers[inside],
+                run.answers[name],
+                resamples=settings.resamples,
+                seed=settings.seed,
+                level=settings.level,
+            )
+            for name in outside
+        }
+        for inside in run.answers
+        if outside and inside not in outside
+    }
 
 
 def _recalibrate_all(run: Run, fitted_on: str, settings: Settings) -> dict[str, list[RecalibrationResult]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from lm_eval_lora_ensemble.analysis.answers import AnswerResult
 from lm_eval_lora_ensemble.analysis.strings import StringResult
 from lm_eval_lora_ensemble.metrics.bootstrap import Estimate, ResamplingPlan
 from lm_eval_lora_ensemble.metrics.calibration import DEFAULT_BINS, ReliabilityBin
@@ -158,6 +159,8 @@ class UncertaintyResult:
         recalibration: by task.
         skipped: why a task or group is left out.
         strings: tasks of whole strings.
+        answers: tasks of generated texts, by task and lm-eval's filter.
+        answer_detection: of those, by in-domain task, out-of-domain task and score.
     """
 
     source: str
@@ -169,6 +172,8 @@ class UncertaintyResult:
     recalibration: dict[str, list[RecalibrationResult]]
     skipped: dict[str, str]
     strings: dict[str, StringResult] = field(default_factory=dict)
+    answers: dict[str, dict[str, AnswerResult]] = field(default_factory=dict)
+    answer_detection: dict[str, dict[str, dict[str, Detection]]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; NaN becomes null, infinities the strings "inf" and "-inf"."""

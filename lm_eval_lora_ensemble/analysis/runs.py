@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lm_eval_lora_ensemble.analysis.answers import AnswerScores
 from lm_eval_lora_ensemble.analysis.distribution import Distribution, scale_of_run
 from lm_eval_lora_ensemble.analysis.samples import read_task
 from lm_eval_lora_ensemble.analysis.strings import StringScores
@@ -44,6 +45,7 @@ class Run:
         scores: the members' scores by task name, which the predictions follow from.
         distribution: which distribution over the choices is judged.
         strings: tasks of whole strings by name, which are in ``skipped`` too: they have no choices.
+        answers: tasks of generated texts by name, which are in ``skipped`` too.
         as_read: the run under the scores as they are; None where this is it.
         scored_groups: as ``groups``, those included of which some task has no distribution; empty where none has.
     """
@@ -59,6 +61,7 @@ class Run:
     scores: Mapping[str, ChoiceScores] = field(default_factory=dict)
     distribution: Distribution = field(default_factory=Distribution)
     strings: Mapping[str, StringScores] = field(default_factory=dict)
+    answers: Mapping[str, AnswerScores] = field(default_factory=dict)
     as_read: Run | None = None
     scored_groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -131,7 +134,11 @@ class Run:
     @property
     def n_members(self) -> int:
         """N, the same for all tasks."""
-        scored: list[Predictions | StringScores] = [*self.tasks.values(), *self.strings.values()]
+        scored: list[Predictions | StringScores | AnswerScores] = [
+            *self.tasks.values(),
+            *self.strings.values(),
+            *self.answers.values(),
+        ]
         return scored[0].n_members
 
     def __contains__(self, name: str) -> bool:
@@ -295,7 +302,8 @@ def merge_runs(runs: Sequence[Run]) -> list[Run]:
     for run in runs:
         for i, other in enumerate(merged):
             known = run.identity and run.identity == other.identity
-            if known and not {*run.tasks, *run.strings} & {*other.tasks, *other.strings}:
+            theirs = {*other.tasks, *other.strings, *other.answers}
+            if known and not theirs & {*run.tasks, *run.strings, *run.answers}:
                 merged[i] = replace(
                     other,
                     source=f"{other.source}, {run.source}",
@@ -306,6 +314,7 @@ def merge_runs(runs: Sequence[Run]) -> list[Run]:
                     seconds=_sum(other.seconds, run.seconds),
                     scores={**other.scores, **run.scores},
                     strings={**other.strings, **run.strings},
+                    answers={**other.answers, **run.answers},
                     scored_groups={**other.scored_groups, **run.scored_groups},
                 )
                 break
@@ -318,6 +327,7 @@ def _read_run(folder: Path, date: str, files: Mapping[str, Path], asked: Path) -
     results = _results_beside(folder, date)
     scores: dict[str, ChoiceScores] = {}
     strings: dict[str, StringScores] = {}
+    answers: dict[str, AnswerScores] = {}
     skipped: dict[str, str] = {}
     for task, file in sorted(files.items()):
         read = read_task(file, task, of_ensemble="lora_ensemble" in (results.get("config") or {}))
@@ -328,11 +338,15 @@ def _read_run(folder: Path, date: str, files: Mapping[str, Path], asked: Path) -
             skipped[task] = (
                 "its documents are whole strings without choices; lora-ensemble analyse has its values"
             )
+        elif isinstance(read, AnswerScores):
+            answers[task] = read
+            skipped[task] = "its documents are generated texts without choices; they have tables of their own"
         else:
             scores[task] = read
-    if not scores and not strings:
+    if not scores and not strings and not answers:
         raise EnsembleError(f"{asked}: no task can be analysed: {next(iter(skipped.items()), '')}")
-    sizes = {t: s.n_members for t, s in scores.items()} | {t: s.n_members for t, s in strings.items()}
+    every: dict[str, ChoiceScores | StringScores | AnswerScores] = {**scores, **strings, **answers}
+    sizes = {task: of_task.n_members for task, of_task in every.items()}
     if len(set(sizes.values())) > 1:
         raise EnsembleError(
             f"{folder}: tasks of one run have different numbers of members ({sizes}); "
@@ -354,6 +368,7 @@ def _read_run(folder: Path, date: str, files: Mapping[str, Path], asked: Path) -
         _seconds(results),
         scores,
         strings=strings,
+        answers=answers,
     )
 
 

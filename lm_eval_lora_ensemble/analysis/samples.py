@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from lm_eval_lora_ensemble.analysis.answers import AnswerReader, AnswerScores, is_answer
 from lm_eval_lora_ensemble.analysis.foreign_samples import (
     differs_from_logged,
     inferred_golds,
@@ -81,15 +82,22 @@ class SampledDocument:
     line: int
 
 
-def read_task(path: Path, task: str, *, of_ensemble: bool) -> ChoiceScores | StringScores | str:
-    """Read a samples file; return why it cannot be analysed if it is of neither multiple choice nor whole strings.
+def read_task(
+    path: Path, task: str, *, of_ensemble: bool
+) -> ChoiceScores | StringScores | AnswerScores | str:
+    """Read a samples file; return why it cannot be analysed if it is of no kind that can.
 
     In an ensemble's run a task whose samples carry no members' scores is not taken for a single model's.
     """
     documents: dict[int, SampledDocument] = {}
     strings: StringReader | None = None
+    answers: AnswerReader | None = None
     wanted: str | None = None
     for number, sample in iter_samples(path):
+        if answers or (not documents and not strings and is_answer(sample)):
+            answers = answers or AnswerReader(path)
+            answers.add(sample, number)
+            continue
         # Several filters log every document several times; the first one is the task's main one.
         wanted = sample.get("filter", "none") if wanted is None else wanted
         if sample.get("filter", "none") != wanted:
@@ -111,6 +119,8 @@ def read_task(path: Path, task: str, *, of_ensemble: bool) -> ChoiceScores | Str
             )
         _check_alike(document, next(iter(documents.values()), document), path)
         documents[document.key[0]] = document
+    if answers:
+        return answers.scores()
     if strings:
         return strings.scores()
     if not documents:

@@ -6,6 +6,7 @@ drawn comes from :mod:`lm_eval_lora_ensemble.metrics`.
 
 from __future__ import annotations
 
+from lm_eval_lora_ensemble.figures.answers import plot_risk_coverage_by_score
 from lm_eval_lora_ensemble.figures.curves import Curve, plot_curves
 from lm_eval_lora_ensemble.figures.detection import plot_detection
 from lm_eval_lora_ensemble.figures.information import plot_information_map, plot_uncertainty_histograms
@@ -23,6 +24,7 @@ __all__ = [
     "plot_information_map",
     "plot_reliability",
     "plot_risk_coverage",
+    "plot_risk_coverage_by_score",
     "plot_uncertainty_histograms",
     "save",
 ]

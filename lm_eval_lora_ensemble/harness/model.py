@@ -28,7 +28,9 @@ from lm_eval_lora_ensemble.ensemble.members import (
 from lm_eval_lora_ensemble.ensemble.quantization import quantization_config, take_arguments
 from lm_eval_lora_ensemble.ensemble.tokenizer import check_tokenizers
 from lm_eval_lora_ensemble.errors import EnsembleError, first_line, shorten_errors_of_command
+from lm_eval_lora_ensemble.generation.mixture import GENERATION_AVERAGES, GenerationAverage
 from lm_eval_lora_ensemble.harness.cache import claim_cache, read_older_scores, saved_scores
+from lm_eval_lora_ensemble.harness.generation import TextGenerator
 from lm_eval_lora_ensemble.harness.provenance import (
     calibration_in_use,
     calibration_of,
@@ -80,7 +82,10 @@ class LoraEnsembleLM(HFLM):
         epoch: take this epoch's adapter of every member; 0 is the base model alone, the prior.
         average: ``probability`` (log-mean-exp of the members' sequence loglikelihoods: the Bayesian model
             average) or ``loglikelihood`` (their arithmetic mean: a log-opinion pool).
-        uncertainty_metrics: report the uncertainty metrics on every task of multiple choice or whole strings.
+        generation_average: how members are weighted in the next token of a generated text: ``posterior``, by the
+            probability of the text so far (the Bayesian model average), or ``equal``.
+        uncertainty_metrics: report the uncertainty metrics on every task of multiple choice, whole strings or
+            generated texts.
         temperature: T of the length-normalised metrics (``ece_norm`` …): ``crossfit``, on each task's own other
             folds, or ``validation``, as the manifest has it from training or from ``lora-ensemble calibrate``.
         allow_base_mismatch: accept adapters that name another base model than ``pretrained``.
@@ -97,6 +102,7 @@ class LoraEnsembleLM(HFLM):
         members: int | None = None,
         epoch: int | None = None,
         average: Average = "probability",
+        generation_average: GenerationAverage = "posterior",
         uncertainty_metrics: bool = True,
         temperature: str = "crossfit",
         allow_base_mismatch: bool = False,
@@ -110,6 +116,10 @@ class LoraEnsembleLM(HFLM):
                 )
         if average not in AVERAGES:
             raise EnsembleError(f"average={average}: use one of {', '.join(AVERAGES)}")
+        if generation_average not in GENERATION_AVERAGES:
+            raise EnsembleError(
+                f"generation_average={generation_average}: use one of {', '.join(GENERATION_AVERAGES)}"
+            )
         for name, value in (("members", members), ("epoch", epoch)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
                 raise EnsembleError(f"{name}={value}: give a whole number")
@@ -122,6 +132,7 @@ class LoraEnsembleLM(HFLM):
         )
         self._model: Any = None  # lm-eval's name for the model; HFLM sets it
         self.average: Average = average
+        self.generation_average: GenerationAverage = generation_average
         self.recipe = recipe_of(DEFAULT_FOLDER if adapters is None else adapters)
         self.method = method_of(DEFAULT_FOLDER if adapters is None else adapters)
         self.calibration = calibration_of(DEFAULT_FOLDER if adapters is None else adapters)
@@ -237,6 +248,12 @@ class LoraEnsembleLM(HFLM):
             "dtype": str(self.model.dtype),
             "quantization": {name: str(value) for name, value in self._quantization.items()} or None,
             "max_length": self.max_length,
+            # caches of release 0.1 know no other
+            **(
+                {}
+                if self.generation_average == "posterior"
+                else {"generation_average": self.generation_average}
+            ),
         }
 
     def loglikelihood(
@@ -299,16 +316,22 @@ class LoraEnsembleLM(HFLM):
         return results
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Generate with one member or the base model alone; an ensemble of several cannot yet.
+        """Generate texts from the mixture of the members' next-token distributions.
+
+        Returns:
+            Per request a text that carries how sure the ensemble is of it
+            (:class:`~lm_eval_lora_ensemble.generation.answer.EnsembleText`).
 
         Raises:
-            EnsembleError: the ensemble has more than one member.
+            EnsembleError: generation arguments that cannot be followed, or several members on an encoder–decoder.
+            NonFiniteScoreError: a member's logits are NaN or infinite.
         """
+        if self.backend == "causal":
+            return TextGenerator(self).generate(requests, disable_tqdm=disable_tqdm)
         if self.n_members > 1:
             raise EnsembleError(
-                f"generate_until is not yet supported for ensembles ({self.n_members} members); run one member "
-                f"with --model hf --model_args pretrained={self.ensemble.base_model},"
-                f"peft={self.ensemble.members[0].folder}, or the base model with epoch=0"
+                f"{self.ensemble.base_model} is an encoder–decoder, from which one member alone can generate; "
+                "add members=1 to --model_args"
             )
         texts: list[str] = super().generate_until(requests, disable_tqdm=disable_tqdm)
         return texts
@@ -516,6 +539,7 @@ class LoraEnsembleLM(HFLM):
             "revision": self.ensemble.revision,
             "epoch": self.ensemble.epoch,
             "average": self.average,
+            "generation_average": self.generation_average,
             "fingerprint": self.ensemble.fingerprint,
             "members": [member_in_results(member) for member in self.ensemble.members],
             "recipe": self.recipe,

@@ -2,8 +2,8 @@
 
 Two ways lead here. :class:`UncertaintyTask` is what our task YAMLs are made of; it reports the metrics for
 every lm-eval model, a single model being an ensemble of one. :func:`extend_tasks` lets stock tasks of multiple
-choice and of whole strings report them too, for results that carry members' scores; any other model's results
-carry none, so its runs do not change.
+choice, of whole strings and of generated texts report them too, for results that carry members' scores; any other
+model's results carry none, so its runs do not change.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from lm_eval_lora_ensemble.errors import EnsembleError
-from lm_eval_lora_ensemble.harness import patches, strings
+from lm_eval_lora_ensemble.harness import answers, patches, strings
 from lm_eval_lora_ensemble.harness.aggregation import (
     RawMetrics,
     aggregations,
@@ -51,12 +51,15 @@ def _extend_tables() -> None:
 def _extend_group(
     aggregate: Callable[[Any, Any], dict[str, Any]], group: Any, task_metrics: dict[str, Any]
 ) -> dict[str, Any]:
-    return strings.extend_group(functools.partial(extend_group, aggregate), group, task_metrics)
+    of_choices = functools.partial(extend_group, aggregate)
+    of_strings = functools.partial(strings.extend_group, of_choices)
+    return answers.extend_group(of_strings, group, task_metrics)
 
 
 def _before_aggregation(task: Any, raw_metrics: RawMetrics) -> None:
     set_documents_aside(task, raw_metrics)
     strings.set_pairs_aside(task, raw_metrics)
+    answers.set_texts_aside(task, raw_metrics)
 
 
 class _Switch:
@@ -71,6 +74,8 @@ def _stock_results(
 ) -> dict[str, Any]:
     if isinstance(task, UncertaintyTask):
         return stock  # it extends its own
+    if task.OUTPUT_TYPE == answers.OUTPUT_TYPE:
+        return answers.extended(task, doc, stock) if _Switch.enabled else stock
     carries = _Switch.enabled and isinstance(_first_value(results), EnsembleLoglikelihood)
     return _extended(task, doc, results, stock) if carries else stock
 
@@ -78,6 +83,8 @@ def _stock_results(
 def _extended(
     task: Any, doc: dict[str, Any], results: Sequence[Any], stock: dict[str, Any]
 ) -> dict[str, Any]:
+    if task.OUTPUT_TYPE == answers.OUTPUT_TYPE:
+        return answers.extended(task, doc, stock)
     if task.OUTPUT_TYPE in strings.OUTPUT_TYPES:
         return strings.extended(task, results, stock)
     if isinstance(_first_value(results), EnsembleLoglikelihood):
@@ -86,7 +93,9 @@ def _extended(
 
 
 def _with_aggregations(task: Any, stock: dict[str, Any]) -> dict[str, Any]:
-    return {**stock, **(aggregations(task) if has_reported(task) else strings.aggregations(task))}
+    if has_reported(task):
+        return {**stock, **aggregations(task)}
+    return {**stock, **strings.aggregations(task), **answers.aggregations(task)}
 
 
 def _with_directions(task: Any, stock: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from lm_eval_lora_ensemble.analysis.scales import ScaleResult, by_scale
 from lm_eval_lora_ensemble.disk import write_folder
 from lm_eval_lora_ensemble.errors import EnsembleError, one_line
 from lm_eval_lora_ensemble.report import headline, markdown, page
+from lm_eval_lora_ensemble.report.answers import answer_rows, make_answers
+from lm_eval_lora_ensemble.report.answers import sentences as answers_in_words
 from lm_eval_lora_ensemble.report.documents import pick_documents
 from lm_eval_lora_ensemble.report.entries import Entry, is_last_epoch, make_entries
 from lm_eval_lora_ensemble.report.leaderboard import Board, leaderboard
@@ -39,15 +41,15 @@ def make_report(
     """
     entries = make_entries(runs)
     for name in options.ood:
-        if not any(e.run.has_scores(name) for e in entries):
-            known = sorted({n for e in entries for n in e.run.names()})
+        if not any(e.run.has_scores(name) or name in e.run.answers for e in entries):
+            known = sorted({n for e in entries for n in (*e.run.names(), *e.run.answers)})
             raise EnsembleError(f"no run has the out-of-domain task {name!r}; tasks are {', '.join(known)}")
     boards: list[Board] = []
     sets = replicate_sets([entry.run for entry in entries], options.replicates)
     for board in leaderboard(entries, options.settings, sets):
         tell(f"leaderboard: {board.task}")
         boards.append(board)
-    if not boards:
+    if not boards and not any(entry.run.answers for entry in entries):
         reasons = {
             f"{n}: {why}" for e in entries for n, why in {**e.run.skipped, **_unknown_golds(e.run)}.items()
         }
@@ -56,6 +58,8 @@ def make_report(
     tell("epochs and out-of-domain detection")
     series = make_series(entries, options.settings)
     detections = _detections(entries, options)
+    tell("generated answers")
+    answers = make_answers(entries, options.ood, options.settings)
     tell("documents")
     return Report(
         options=options,
@@ -65,7 +69,10 @@ def make_report(
         series=series,
         between=compare_series(entries, options.settings),
         documents=pick_documents(entries, options.documents),
-        statements=headline.sentences(entries, boards, detections),
+        statements=[
+            *headline.sentences(entries, boards, detections),
+            *answers_in_words(answers, entries),
+        ],
         notes=[
             *dict.fromkeys(note for board in boards for note in board.notes),
             *(note for one in series for note in one.notes),
@@ -73,6 +80,7 @@ def make_report(
             *map(one_line, sharing_members([entry.run for entry in entries])),
         ],
         scales=_scales(entries, options),
+        answers=answers,
     )
 
 
@@ -147,7 +155,7 @@ def _write(report: Report, folder: Path, tell: Callable[[str], None]) -> None:
     options = report.options
     candidates = illustrations.choose(
         report.entries, report.series, report.between, report.detections, options.settings
-    )
+    ) + illustrations.of_answers(report.entries, report.answers)
     pictures = candidates[: options.figures]
     notes = list(report.notes)
     if len(pictures) < len(candidates):
@@ -162,8 +170,9 @@ def _write(report: Report, folder: Path, tell: Callable[[str], None]) -> None:
         json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8"
     )
     (folder / "leaderboard.csv").write_text(markdown.to_csv(report.boards), encoding="utf-8")
+    rows = answer_rows(report.answers, report.entries)
     (folder / "report.md").write_text(
-        markdown.to_markdown(options.title, report.boards, report.statements), encoding="utf-8"
+        markdown.to_markdown(options.title, report.boards, report.statements, rows), encoding="utf-8"
     )
     tell("page")
     (folder / page.FILE_NAME).write_text(

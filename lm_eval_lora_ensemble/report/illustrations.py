@@ -13,12 +13,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lm_eval_lora_ensemble import figures
+from lm_eval_lora_ensemble.analysis.answers import AnswerResult
 from lm_eval_lora_ensemble.analysis.domains import out_of_domain
 from lm_eval_lora_ensemble.analysis.result import Settings
 from lm_eval_lora_ensemble.metrics.bootstrap import Estimate
 from lm_eval_lora_ensemble.metrics.detection import Detection
 from lm_eval_lora_ensemble.metrics.ensemble_size import SizeMetrics, by_size
 from lm_eval_lora_ensemble.metrics.predictions import Predictions
+from lm_eval_lora_ensemble.report.answers import Answers
 from lm_eval_lora_ensemble.report.entries import Entry, is_last_epoch
 from lm_eval_lora_ensemble.report.series import Between, EpochPoint, Series
 
@@ -79,6 +81,27 @@ def choose(
             for picture in _of_task(index, entry, task, settings)
         ),
     ]
+
+
+def of_answers(entries: Sequence[Entry], answers: Mapping[int, Answers]) -> list[Illustration]:
+    """Return a figure for each run's tasks of generated texts that have right and wrong: risk against coverage."""
+    return [
+        Illustration(
+            _name("answers", index, task),
+            f"{entries[index].label} on {task}: which answers to withhold?",
+            "Error rate among the answers that a score finds surest, a line for each score, a panel for each filter.",
+            [partial(_answer_panel, filter_key, result) for filter_key, result in judged.items()],
+        )
+        for index, of_run in answers.items()
+        for task, by_filter in of_run.results.items()
+        if (judged := {key: result for key, result in by_filter.items() if result.errors})
+    ]
+
+
+def _answer_panel(filter_key: str, result: AnswerResult, ax: Axes) -> object:
+    curves = {score: told.risk_coverage for score, told in result.errors.items()}
+    title = None if filter_key == "none" else filter_key
+    return figures.plot_risk_coverage_by_score(curves, documents=result.documents, title=title, ax=ax)
 
 
 def _name(*parts: object) -> str:

@@ -6,15 +6,20 @@ import csv
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lm_eval_lora_ensemble.report.leaderboard import COLUMNS, KINDS, Board, Cell, display
+
+ANSWER_HEADS = ("run", "task", "score", "mean", "AUROC of errors ↑", "AURC ↓", "PRR ↑")
 
 _ARROWS = {"higher": " ↑", "lower": " ↓", "": ""}
 
 
-def to_markdown(title: str, boards: Sequence[Board], statements: Sequence[str]) -> str:
-    """Return headline statements and a table for each top-level task; best values are bold."""
+def to_markdown(
+    title: str, boards: Sequence[Board], statements: Sequence[str], answers: Sequence[Mapping[str, Any]] = ()
+) -> str:
+    """Return headline statements, a table for each top-level task, best values bold, and one of generated answers."""
     lines = [f"# {escape(title)}", "", *(f"- {escape(s)}" for s in statements), ""]
     for board in boards:
         if not board.top:
@@ -28,6 +33,17 @@ def to_markdown(title: str, boards: Sequence[Board], statements: Sequence[str]) 
             shown = [_with_interval(row.cells[name]) for name in COLUMNS]
             lines.append(f"|{escape(row.label)}|" + "|".join(shown) + "|")
         lines += ["", *(f"*{escape(note)}*" for note in board.notes), ""]
+    if answers:
+        lines += [
+            "## Generated answers",
+            "",
+            "|" + "|".join(ANSWER_HEADS) + "|",
+            "|---|---|---|" + "---:|" * 4,
+        ]
+        for row in answers:
+            names = [escape(str(row[key])) for key in ("run", "task", "score")]
+            lines.append("|" + "|".join([*names, row["mean"], *row["errors"]]) + "|")
+        lines.append("")
     lines.append(
         "Intervals: bootstrap over documents; of replicates, t over ensembles of other seeds. Bold: better than every "
         "other row, by a paired interval, or by t where both rows have replicates."

@@ -11,6 +11,7 @@ from lm_eval_lora_ensemble.analysis.distribution import Distribution
 from lm_eval_lora_ensemble.analysis.result import Settings, plain
 from lm_eval_lora_ensemble.analysis.scales import ScaleResult
 from lm_eval_lora_ensemble.metrics.detection import Detection
+from lm_eval_lora_ensemble.report.answers import Answers
 from lm_eval_lora_ensemble.report.documents import Document
 from lm_eval_lora_ensemble.report.entries import Entry
 from lm_eval_lora_ensemble.report.leaderboard import Board
@@ -54,6 +55,7 @@ class Report:
         documents: the documents worth looking at.
         statements: the report in sentences.
         notes: what is left out or not comparable, and why.
+        answers: of every run with tasks of generated texts.
         scales: by run and top-level task, what the choice of scale changes.
     """
 
@@ -67,6 +69,7 @@ class Report:
     statements: list[str]
     notes: list[str]
     scales: dict[int, dict[str, list[ScaleResult]]] = field(default_factory=dict)
+    answers: dict[int, Answers] = field(default_factory=dict)
 
     @property
     def distribution(self) -> Distribution:
@@ -98,6 +101,7 @@ class Report:
                 "distribution": self.distribution,
                 "leaderboard": self.boards,
                 "scales": self.scales,
+                "answers": self.answers,
                 "detection": self.detections,
                 "series": self.series,
                 "between": self.between,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lm_eval_lora_ensemble.analysis.scales import METRICS_BY_SCALE
 from lm_eval_lora_ensemble.metrics.bootstrap import Estimate
 from lm_eval_lora_ensemble.metrics.registry import METRICS
+from lm_eval_lora_ensemble.report.answers import answer_rows, detection_rows
 from lm_eval_lora_ensemble.report.documents import REASONS, Document
 from lm_eval_lora_ensemble.report.entries import short_name
 from lm_eval_lora_ensemble.report.leaderboard import COLUMNS, KINDS, Board, Cell, Row, display
@@ -55,6 +56,8 @@ def render(report: Report, pictures: Sequence[Illustration], folder: Path, notes
         boards=top,
         distribution=report.distribution.label,
         scales=_scales(report),
+        answers=answer_rows(report.answers, report.entries),
+        answer_detection=detection_rows(report.answers, report.entries),
         lines=_lines(top),
         replicated=any(row.kind == "replicates" for board in top for row in board.rows),
         entries=report.entries,

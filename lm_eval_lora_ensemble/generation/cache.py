@@ -1,0 +1,88 @@
+"""Keys and values of a batch's rows: in place as they grow, shared where prompts begin alike, dropped when done."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+# tokens by which a full buffer grows: the copying that transformers' own layer does at every token, once in so many
+_ROOM = 64
+
+
+class GrowingLayer(DynamicLayer):
+    """A layer's keys and values in buffers with room for the next tokens, [rows, heads, tokens, d]."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._buffers: list[torch.Tensor] = []
+        self._length = 0
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append the states of new tokens and return all."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._buffers = [
+                states.new_empty(*states.shape[:2], 0, states.shape[3])
+                for states in (key_states, value_states)
+            ]
+        start, stop = self._length, self._length + key_states.shape[2]
+        for i, states in enumerate((key_states, value_states)):
+            if stop > self._buffers[i].shape[2]:
+                rows, heads, _, size = states.shape
+                grown = states.new_empty(rows, heads, stop + _ROOM, size)
+                grown[:, :, :start] = self._buffers[i][:, :, :start]
+                self._buffers[i] = grown
+            self._buffers[i][:, :, start:stop] = states
+        self._length = stop
+        self._show()
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Keep the rows of these numbers, in this order."""
+        if self._buffers:
+            self._buffers = [buffer.index_select(0, beam_idx.to(buffer.device)) for buffer in self._buffers]
+            self._show()
+
+    def _show(self) -> None:
+        self.keys, self.values = (buffer[:, :, : self._length] for buffer in self._buffers)
+
+
+def new_cache(config: Any, longest: int) -> tuple[Any, bool]:
+    """Return an empty cache, and whether rows on a common beginning may be padded behind it.
+
+    Args:
+        config: of the model.
+        longest: so many tokens a row will have at most, padding included.
+    """
+    cache = DynamicCache(config=config)
+    if not all(_sees_all(layer, longest) for layer in cache.layers):
+        return cache, False
+    cache.layers = [GrowingLayer() for _ in cache.layers]
+    return cache, True
+
+
+def _sees_all(layer: Any, longest: int) -> bool:
+    """Whether a layer of up to ``longest`` tokens is one that attends to all of them."""
+    if type(layer) is DynamicSlidingWindowLayer:
+        return longest < layer.sliding_window
+    return type(layer) is DynamicLayer
+
+
+def copy_rows(prefix: Any, into: Any, repeats: int) -> None:
+    """Fill an empty cache with each row of ``prefix`` so many times, one after another."""
+    for ours, theirs in zip(into.layers, prefix.layers, strict=True):
+        if theirs.is_initialized:
+            ours.update(
+                theirs.keys.repeat_interleave(repeats, dim=0), theirs.values.repeat_interleave(repeats, dim=0)
+            )
+
+
+def keep_rows(cache: Any, rows: torch.Tensor) -> None:
+    """Drop all rows of a cache but these."""
+    for layer in cache.layers:
+        layer.reorder_cache(rows)

@@ -1,0 +1,248 @@
+"""Decoding from the mixture: every member reads the same text, and one next token is chosen for all of them.
+
+Rows are member-major, [N · B]. Members that can run side by side do (:mod:`.stacked`); others run in turn, each on a
+cache of its own, and nothing else differs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lm_eval_lora_ensemble.generation.answer import Ended, Trace
+from lm_eval_lora_ensemble.generation.cache import copy_rows, keep_rows, new_cache
+from lm_eval_lora_ensemble.generation.measures import effective_members, token_measures
+from lm_eval_lora_ensemble.generation.mixture import GenerationAverage, log_mixture, log_weights
+from lm_eval_lora_ensemble.generation.settings import NextToken
+
+
+class Side(NamedTuple):
+    """Members that one forward pass holds.
+
+    Attributes:
+        members: how many.
+        activate: makes the model answer as them, for as long as it is entered.
+    """
+
+    members: int
+    activate: Callable[[], AbstractContextManager[Any]]
+
+
+class Prompt(NamedTuple):
+    """A text to go on with.
+
+    Attributes:
+        tokens: its ids.
+        max_new_tokens: at most so many more.
+        draws: gives a number in [0, 1) for every token that is drawn; the prompt's own, whoever is beside it.
+    """
+
+    tokens: Sequence[int]
+    max_new_tokens: int
+    draws: Callable[[], float]
+
+
+Stops = Callable[[Sequence[int]], bool]
+
+
+class NonFiniteLogitsError(Exception):
+    """A member's next-token distribution is not one.
+
+    Attributes:
+        member: its number.
+        prompt: the number of the prompt in the batch.
+    """
+
+    def __init__(self, member: int, prompt: int) -> None:
+        super().__init__(f"member {member}, prompt {prompt}")
+        self.member, self.prompt = member, prompt
+
+
+@dataclass
+class _Row:
+    """A prompt on its way: what was seen of each token generated so far."""
+
+    index: int
+    prompt: Prompt
+    tokens: list[int] = field(default_factory=list)
+    seen: list[npt.NDArray[np.float64]] = field(default_factory=list)
+
+    def trace(self, ended: Ended) -> Trace:
+        seen = np.array(self.seen).T
+        return Trace(np.array(self.tokens), seen[0], seen[1], seen[2], seen[3], seen[4:], ended)
+
+
+class Decoder:
+    """Generates texts from N members on one base model.
+
+    Args:
+        model: ``…ForCausalLM``, wrapped by PEFT or not.
+        sides: which members each forward pass holds; together all of them, in order.
+        average: how members are weighted, see :mod:`.mixture`.
+        pad_token: any token id.
+        end_tokens: ids that end a text.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        sides: Sequence[Side],
+        *,
+        average: GenerationAverage = "posterior",
+        pad_token: int = 0,
+        end_tokens: Sequence[int] = (),
+    ) -> None:
+        causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._model = causal
+        self._sides = sides
+        self._average = average
+        self._pad = pad_token
+        self.end_tokens = frozenset(end_tokens)
+        self._device = causal.get_input_embeddings().weight.device
+        taken = inspect.signature(causal.forward).parameters
+        # transformers 5.24 renames the argument; 5.40 drops the old name
+        self._cache_argument = "cache" if "cache" in taken else "past_key_values"
+        self._takes_positions = "position_ids" in taken
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
+        self._shared: tuple[tuple[int, ...], list[Any]] = ((), [])
+
+    def can_share(self, longest: int) -> bool:
+        """Whether prompts of up to ``longest`` tokens, what they generate included, may share a beginning."""
+        return self._takes_positions and new_cache(self._model.config, longest)[1]
+
+    def decode(
+        self, prompts: Sequence[Prompt], shared: int, choose: NextToken, stops: Stops
+    ) -> Iterator[tuple[int, Trace]]:
+        """Generate a text for each prompt; yield (index, trace) as texts end.
+
+        Args:
+            prompts: B prompts of at least one token.
+            shared: so many tokens that all begin with are computed once; 0 where :meth:`can_share` is false.
+            choose: chooses the tokens.
+            stops: whether what was generated ends here.
+
+        Raises:
+            NonFiniteLogitsError: a member's logits are NaN or infinite.
+        """
+        rows = [_Row(i, prompt) for i, prompt in enumerate(prompts)]
+        longest = max(len(prompt.tokens) - shared for prompt in prompts)
+        room = shared + longest + max(prompt.max_new_tokens for prompt in prompts)
+        caches = self._begin(prompts, shared, room)
+        tokens = torch.full((len(rows), longest), self._pad)
+        is_text = torch.zeros(len(rows), longest, dtype=torch.long)
+        for i, prompt in enumerate(prompts):
+            rest = torch.tensor(prompt.tokens[shared:])
+            tokens[i, longest - len(rest) :] = rest
+            is_text[i, longest - len(rest) :] = 1
+        tokens = tokens.to(self._device)
+        mask = torch.cat([is_text.new_ones(len(rows), shared), is_text], dim=1).to(self._device)
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, shared:]
+        scores = torch.zeros(sum(side.members for side in self._sides), len(rows), dtype=torch.float64)
+        scores = scores.to(self._device)
+        while True:
+            log_probs = self._forward(caches, tokens, mask, positions)
+            weights = log_weights(scores, self._average)
+            mixture = log_mixture(log_probs, weights)
+            self._refuse_nonfinite(log_probs, mixture, rows)
+            chosen = choose.choose(
+                mixture,
+                [[*row.prompt.tokens, *row.tokens] for row in rows],
+                len(rows[0].tokens),
+                [row.prompt.draws() for row in rows],
+            )
+            at = chosen[None, :, None].expand(len(log_probs), -1, 1)
+            members = log_probs.gather(2, at)[:, :, 0].double()
+            scores = scores + members
+            self._note(rows, chosen, log_probs, mixture, members, weights)
+            left = []
+            for place, row in enumerate(rows):
+                ended = self._ended(row, stops)
+                if ended is None:
+                    left.append(place)
+                else:
+                    yield row.index, row.trace(ended)
+            if not left:
+                return
+            tokens = chosen[:, None]
+            if len(left) < len(rows):
+                keep = torch.tensor(left, device=self._device)
+                for side, cache in zip(self._sides, caches, strict=True):
+                    of_members = torch.arange(side.members, device=self._device)[:, None] * len(rows)
+                    keep_rows(cache, (of_members + keep).flatten())
+                rows = [rows[place] for place in left]
+                tokens, mask, positions, scores = tokens[keep], mask[keep], positions[keep], scores[:, keep]
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            positions = positions[:, -1:] + 1
+
+    def _note(
+        self,
+        rows: Sequence[_Row],
+        chosen: torch.Tensor,
+        log_probs: torch.Tensor,
+        mixture: torch.Tensor,
+        members: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> None:
+        measures = token_measures(log_probs)
+        of_mixture = mixture.gather(1, chosen[:, None])[:, 0]
+        # one transfer a token, not one a number
+        seen = torch.cat([torch.stack([of_mixture, *measures, effective_members(weights)]).double(), members])
+        for row, token, column in zip(rows, chosen.tolist(), seen.T.cpu().numpy(), strict=True):
+            row.tokens.append(token)
+            row.seen.append(column)
+
+    def _ended(self, row: _Row, stops: Stops) -> Ended | None:
+        if row.tokens[-1] in self.end_tokens:
+            return "end_token"
+        if stops(row.tokens):
+            return "stop_string"
+        return "length" if len(row.tokens) >= row.prompt.max_new_tokens else None
+
+    def _begin(self, prompts: Sequence[Prompt], shared: int, room: int) -> list[Any]:
+        """Return each side's cache, filled with what the prompts share."""
+        caches = [new_cache(self._model.config, room)[0] for _ in self._sides]
+        if not shared:
+            return caches
+        beginning = tuple(prompts[0].tokens[:shared])
+        if self._shared[0] != beginning:
+            kept = [new_cache(self._model.config, room)[0] for _ in self._sides]
+            tokens = torch.tensor([beginning], device=self._device)
+            self._forward(
+                kept, tokens, torch.ones_like(tokens), torch.arange(shared, device=self._device)[None]
+            )
+            self._shared = (beginning, kept)
+        for cache, kept_cache in zip(caches, self._shared[1], strict=True):
+            copy_rows(kept_cache, cache, len(prompts))
+        return caches
+
+    def _forward(
+        self, caches: Sequence[Any], tokens: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """Return every member's next-token log-probabilities [N, B, V], float32, or float64 of a model that is."""
+        found = []
+        for side, cache in zip(self._sides, caches, strict=True):
+            inputs = {"input_ids": tokens, "attention_mask": mask}
+            if self._takes_positions:
+                inputs["position_ids"] = positions
+            of_members = {name: value.repeat(side.members, 1) for name, value in inputs.items()}
+            with side.activate(), torch.inference_mode():
+                output = self._model(
+                    **of_members, **{self._cache_argument: cache}, use_cache=True, **self._last_only
+                )
+            logits = output.logits[:, -1]
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            found.append(torch.log_softmax(logits, dim=-1).view(side.members, len(tokens), -1))
+        return (found[0] if len(found) == 1 else torch.cat(found)).to(self._device)
+
+    def _refuse_nonfinite(self, log_probs: torch.Tensor, mixture: torch.Tensor, rows: Sequence[_Row]) -> None:
+        # one NaN logit makes a member's whole row NaN, and with it the mixture's
+        if torch.isnan(mixture[:, 0]).any():
+            member, place = torch.isnan(log_probs[:, :, 0]).nonzero()[0].tolist()
+            raise NonFiniteLogitsError(member, rows[place].index)
