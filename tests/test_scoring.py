@@ -66,8 +66,9 @@ def plain(model: LoraEnsembleLM, requests: list[TokenRequest]) -> dict:
 
 
 def packed_model(model: LoraEnsembleLM, tuning: Tuning = SMALL, attention: str = "segments") -> PackedModel:
-    assert isinstance(model._packed_model(2), PackedModel), "the trial failed"
-    return PackedModel(model.model, tuning, model._packed["segments"].shared_layers, attention)
+    chosen = model._packed_models.choose(2)
+    assert isinstance(chosen, PackedModel), chosen
+    return PackedModel(model.model, tuning, chosen.shared_layers, attention)
 
 
 def packed(
@@ -238,7 +239,7 @@ def run(model: LoraEnsembleLM, requests: list[TokenRequest]) -> list:
 def test_out_of_memory_halves_the_budget(model, monkeypatch, caplog):
     requests = few_shot_requests(40)
     expected = run(model, requests)
-    used = model._packed_model(200)
+    used = model._packed_models.choose(200)
     original = used._run
 
     def fails_above_150_tokens(stream, *args):
@@ -347,8 +348,7 @@ def test_a_base_with_its_layers_on_disk_scores_as_one_in_memory(llama, tmp_path)
     model = LoraEnsembleLM(adapters=str(adapters), device="cpu")
     requests = few_shot_requests(4)
     expected = run(model, requests)
-    for derived in ("_packed", "_trials"):
-        del vars(model)[derived]
+    del vars(model)["_packed_models"]  # what was tried before
     layers = model.model.get_base_model().get_decoder().layers
     for i, layer in enumerate(layers):
         disk_offload(layer, str(tmp_path / f"offload_{i}"), execution_device="cpu")

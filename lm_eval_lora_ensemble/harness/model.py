@@ -27,7 +27,7 @@ from lm_eval_lora_ensemble.ensemble.members import (
 )
 from lm_eval_lora_ensemble.ensemble.quantization import quantization_config, take_arguments
 from lm_eval_lora_ensemble.ensemble.tokenizer import check_tokenizers
-from lm_eval_lora_ensemble.errors import EnsembleError, first_line, shorten_errors_of_command
+from lm_eval_lora_ensemble.errors import EnsembleError, shorten_errors_of_command
 from lm_eval_lora_ensemble.generation.mixture import GENERATION_AVERAGES, GenerationAverage
 from lm_eval_lora_ensemble.harness.cache import claim_cache, read_older_scores, saved_scores
 from lm_eval_lora_ensemble.harness.generation import TextGenerator
@@ -43,17 +43,13 @@ from lm_eval_lora_ensemble.harness.provenance import (
 from lm_eval_lora_ensemble.harness.saving import save_runs_whole
 from lm_eval_lora_ensemble.harness.tasks import extend_tasks
 from lm_eval_lora_ensemble.precision import has_fast_bfloat16
-from lm_eval_lora_ensemble.scoring.attention import UnknownAttentionError
+from lm_eval_lora_ensemble.scoring.choice import PackedModels
 from lm_eval_lora_ensemble.scoring.finite import NonFiniteScoreError, refuse_nonfinite_score
-from lm_eval_lora_ensemble.scoring.forward import Attention, PackedModel, shared_layers
+from lm_eval_lora_ensemble.scoring.forward import PackedModel
 from lm_eval_lora_ensemble.scoring.loglikelihood import AVERAGES, Average, EnsembleLoglikelihood, Score
 from lm_eval_lora_ensemble.scoring.packed import PackedScorer, Work
 from lm_eval_lora_ensemble.scoring.plain import Batch, score_plain
-from lm_eval_lora_ensemble.scoring.tuning import Tuning, tuning_for
 from lm_eval_lora_ensemble.tree.requests import TokenRequest, truncate
-from lm_eval_lora_ensemble.tree.segments import Sizes
-from lm_eval_lora_ensemble.tree.support import sliding_window, why_no_segments, why_no_tree
-from lm_eval_lora_ensemble.tree.trial import trial_error
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -63,10 +59,6 @@ EncodedRequest = tuple[tuple[str, str] | None, list[int], list[int]]
 
 # tokens of one forward pass: enough to keep a matrix product busy, little beside the logits of `hf`
 MIN_TOKENS = 1024
-# passes so small, and pieces so small, that a trial of a few dozen tokens goes through every kind of both
-TRIAL_TUNING = Tuning(
-    tokens=20, masked_tokens=20, logits=1 << 22, sizes=Sizes(square=6, whole=8, block=4, carried=4)
-)
 
 logger = logging.getLogger(__name__)
 
@@ -205,8 +197,7 @@ class LoraEnsembleLM(HFLM):
         self.ensemble = ensemble
         self._attach_members()
         self._model.eval()
-        for derived in ("_packed", "_trials"):
-            self.__dict__.pop(derived, None)
+        self.__dict__.pop("_packed_models", None)
 
     def _fit_vocabulary(self) -> None:
         """Resize the embeddings to the tokenizer, as ``hf`` with ``peft=`` does before it loads an adapter."""
@@ -393,7 +384,7 @@ class LoraEnsembleLM(HFLM):
         if not tokens:
             return
         longest = max(len(request.tokens) for request in tokens)
-        packed = self._packed_model(longest)
+        packed = self._packed_models.choose(longest)
         self._used = None if isinstance(packed, str) else packed
         if not isinstance(packed, str):
             scorer = PackedScorer(
@@ -417,85 +408,18 @@ class LoraEnsembleLM(HFLM):
             encoder_decoder=self.backend == "seq2seq",
         )
 
-    def _packed_model(self, longest: int) -> PackedModel | str:
-        """Return what runs passes of sequences of up to ``longest`` tokens, or why nothing does so exactly."""
-        kinds: tuple[Attention, ...] = ("segments",) if self.device.type == "cpu" else ("flex", "segments")
-        for attention in kinds:
-            reason = (
-                why_no_segments(self.model, longest)
-                or self._trial(attention)
-                or self._unseen_window(attention, longest)
-            )
-            if reason is None:
-                return self._packed[attention]
-            logger.info("no %s attention: %s", attention, reason)
-        masked = why_no_tree(self.model, longest) or self._trial("masked")
-        if masked is None:
-            return self._packed["masked"]
-        return masked
-
     @functools.cached_property
-    def _packed(self) -> dict[Attention, PackedModel]:
-        """The model with each kind of attention that was tried."""
-        return {}
-
-    @functools.cached_property
-    def _trials(self) -> dict[Attention, str | None]:
-        """Why each kind of attention is not exact here; None if it is."""
-        return {}
-
-    def _trial(self, attention: Attention) -> str | None:
-        """Return why the packed path with this attention is not exact here, found by trying with the last member."""
-        if attention not in self._trials:
-            tuning = tuning_for(self._device_of_model())
-            self._packed[attention] = PackedModel(self.model, tuning, shared_layers(self.model), attention)
-            self._trials[attention] = self._failed_trial(self._packed[attention])
-        return self._trials[attention]
-
-    def _failed_trial(self, packed: PackedModel) -> str | None:
+    def _packed_models(self) -> PackedModels:
+        """What can run passes; trials are made with the last member."""
         last = self.n_members - 1
-        small = PackedModel(self.model, TRIAL_TUNING, packed.shared_layers, packed.attention)
-        scorer = PackedScorer(
-            small, lambda _: self._activate(last), n_members=1, token_budget=TRIAL_TUNING.tokens
+        return PackedModels(
+            self.model,
+            device=self._device_of_model(),
+            activate=lambda: self._activate(last),
+            whole_logits=self._whole_logits,
+            autocast=self._autocast,
+            dtype=self.mixed_precision_dtype,
         )
-
-        def rows(requests: Sequence[TokenRequest]) -> list[float]:
-            scores = dict(scorer.score(requests))
-            return [float(scores[i].loglikelihoods[0]) for i in range(len(requests))]
-
-        try:
-            with self._autocast(), torch.inference_mode():
-                error = trial_error(
-                    rows,
-                    self._whole_logits,
-                    self.model,
-                    self.mixed_precision_dtype or packed.dtype,
-                    packed.head.vocabulary,
-                )
-        except UnknownAttentionError as unknown:
-            return str(unknown)
-        except Exception as error:
-            # a compiler may fail in any way, and segments need none
-            if packed.attention != "flex":
-                raise
-            return f"{type(error).__name__}: {first_line(error)}"
-        packed.windows = small.windows
-        if error is None:
-            return None
-        return f"packed rows differ from whole sequences by {error:.2g} nats a token in a trial"
-
-    def _unseen_window(self, attention: Attention, longest: int) -> str | None:
-        """Say so if a sliding window is in reach and the model's attention is not told of it."""
-        window = sliding_window(self.model)
-        if window is None or longest <= window or window in self._packed[attention].windows:
-            return None
-        return f"the model's attention is not told of its sliding window of {window}"
-
-    def _engine(self) -> dict[str, Any] | None:
-        """Say how requests were scored last, for the results file; None before any, or request by request."""
-        if self._used is None:
-            return None
-        return {"attention": self._used.attention, **self._used.tuning.as_mapping()}
 
     def _device_of_model(self) -> torch.device:
         """Return where the computing is done; a base with offloaded layers names no device of its own."""
