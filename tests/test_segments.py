@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import tiny
+from tiny_models import VOCABULARY, tiny
 
 from lm_eval_lora_ensemble.scoring import attention
 from lm_eval_lora_ensemble.scoring.attention import (
@@ -19,7 +19,7 @@ from lm_eval_lora_ensemble.scoring.attention import (
 )
 from lm_eval_lora_ensemble.scoring.flex import FlexAttention, interval_rule
 from lm_eval_lora_ensemble.scoring.greedy import MixtureArgmax, settle
-from lm_eval_lora_ensemble.scoring.head import top_of
+from lm_eval_lora_ensemble.scoring.head import Head, top_of
 from lm_eval_lora_ensemble.tree.requests import TokenRequest
 from lm_eval_lora_ensemble.tree.rows import TreeRow, interval_mask, lay_out
 from lm_eval_lora_ensemble.tree.segments import Sizes, plan_segments
@@ -134,6 +134,27 @@ def test_a_models_own_attention_is_back_after_a_pass():
 
 
 # -------------------------------------------------------------------------------------------- the head
+
+
+@pytest.mark.parametrize("kept_apart", [True, False])
+def test_log_probabilities_in_memory_used_again_are_those_of_hf(kept_apart):
+    """To the last bit, whatever was in the memory before, and with a hook on the head, which gets no such memory."""
+    model = tiny("llama")
+    hidden = torch.randn(9, model.config.hidden_size)
+    head = Head(model, elements=4 * VOCABULARY)
+    if kept_apart:
+        model.lm_head.register_forward_hook(lambda *_: None)
+    with torch.inference_mode():
+        expected = torch.log_softmax(model.lm_head(hidden), -1)
+        for rows in (9, 4, 9):
+            # of as many rows: a product rounds by its shape
+            of_hf = torch.log_softmax(model.lm_head(hidden[:rows]), -1)
+            assert torch.equal(head.log_probs(hidden[:rows]), of_hf)
+        position, target = np.array([8, 0, 8, 3]), np.array([5, 6, 7, 0])
+        known = head.read(hidden, position, target)
+    assert (head._buffer is None) == kept_apart
+    np.testing.assert_allclose(known.of_targets, expected[position, target].numpy(), atol=1e-5)
+    np.testing.assert_array_equal(known.top_token, expected.argmax(-1).numpy())
 
 
 @pytest.mark.parametrize("vocabulary", [256, 300, 128])

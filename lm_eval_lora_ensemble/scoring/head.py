@@ -7,6 +7,7 @@ difference ``logit − logsumexp`` would be nearer the truth, and 1e-5 nats a to
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,17 +46,42 @@ class Head:
         self.project = causal.get_output_embeddings()
         self.vocabulary: int = self.project.weight.shape[0]
         self.positions_at_once = max(1, elements // self.vocabulary)
+        self._buffer: torch.Tensor | None = None
         # Gemma 2 caps its logits after the head, outside of it
         self._softcap: float | None = getattr(
             causal.config.get_text_config(), "final_logit_softcapping", None
         )
 
     def log_probs(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return whole next-token distributions, float32 [R, V] log-probabilities, of a few positions [R, d]."""
-        logits = self.project(hidden)
+        """Return whole next-token distributions, float32 [R, V] log-probabilities, of a few positions [R, d].
+
+        They are valid until the next call.
+        """
+        logits = self._logits(hidden)
         if self._softcap is not None:
             logits = torch.tanh(logits / self._softcap) * self._softcap
-        return torch.log_softmax(logits.float(), dim=-1)
+        wide = logits.float()
+        # in place: a second block of logits would cost its page faults, a third of the time of all this on CPUs
+        return torch.log_softmax(wide, dim=-1, out=wide)
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return logits [R, V], on CPUs in memory that the next call uses again."""
+        project = self.project
+        plain = (
+            type(project) is torch.nn.Linear
+            and project.bias is None
+            and not (project._forward_hooks or project._forward_pre_hooks or hasattr(project, "_hf_hook"))
+            and hidden.device.type == "cpu"
+            and hidden.dtype == project.weight.dtype == torch.float32
+            and torch.is_inference_mode_enabled()
+            and not torch.is_autocast_enabled("cpu")
+        )
+        if not plain:
+            logits: torch.Tensor = project(hidden)
+            return logits
+        if self._buffer is None or len(self._buffer) < len(hidden):
+            self._buffer = hidden.new_empty(len(hidden), self.vocabulary)
+        return torch.mm(hidden, project.weight.T, out=self._buffer[: len(hidden)])
 
     def read(self, hidden: torch.Tensor, position: IntArray, target: IntArray) -> PositionLogProbs:
         """Project positions and keep what scoring needs of each.
@@ -68,8 +94,8 @@ class Head:
         of_targets = np.empty(len(position), dtype=np.float32)
         top_token = np.empty(len(hidden), dtype=np.int64)
         top = np.empty(len(hidden), dtype=np.float32)
-        for start in range(0, len(hidden), self.positions_at_once):
-            block = slice(start, start + self.positions_at_once)
+        for start, stop in blocks(len(hidden), self.positions_at_once):
+            block = slice(start, stop)
             log_probs = self.log_probs(hidden[block])
             best, token = top_of(log_probs)
             top[block], top_token[block] = best.cpu(), token.cpu()
@@ -78,6 +104,18 @@ class Head:
             chosen = log_probs[here, torch.from_numpy(target[pairs]).to(log_probs.device)]
             of_targets[pairs] = chosen.cpu()
         return PositionLogProbs(of_targets, top_token, top)
+
+
+def blocks(count: int, at_once: int) -> Iterator[tuple[int, int]]:
+    """Yield the borders of equal blocks of at most ``at_once``: a small last one would be a slow product.
+
+    Example:
+        >>> list(blocks(7, 5))
+        [(0, 4), (4, 7)]
+    """
+    size = -(-count // max(1, -(-count // at_once)))
+    for start in range(0, count, max(1, size)):
+        yield start, min(start + size, count)
 
 
 def top_of(log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

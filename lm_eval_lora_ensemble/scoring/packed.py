@@ -16,6 +16,7 @@ import torch
 
 from lm_eval_lora_ensemble.scoring.forward import KeyValues, PackedModel, Stream
 from lm_eval_lora_ensemble.scoring.greedy import MixtureArgmax, settle
+from lm_eval_lora_ensemble.scoring.head import blocks
 from lm_eval_lora_ensemble.scoring.loglikelihood import Score
 from lm_eval_lora_ensemble.scoring.passes import Pass, Passes
 from lm_eval_lora_ensemble.scoring.targets import PassTargets, collect_targets
@@ -186,9 +187,8 @@ class _Answers:
         refuted = np.zeros(len(self.targets.requests), dtype=bool)
         np.logical_or.at(refuted, self.targets.owner, settled == 0)
         undecided = np.flatnonzero((settled == -1) & ~refuted[self.targets.owner])
-        at_once = self.scorer.model.head.positions_at_once
-        for start in range(0, len(undecided), at_once):
-            some = undecided[start : start + at_once]
+        for start, stop in blocks(len(undecided), self.scorer.model.head.positions_at_once):
+            some = undecided[start:stop]
             mixture = MixtureArgmax()
             for member, states in enumerate(self.states):
                 self.scorer.activate(member)

@@ -35,7 +35,7 @@ class Tuning:
         return {**asdict(self), "sizes": self.sizes._asdict()}
 
 
-_CPU = Tuning(tokens=1024, masked_tokens=512, logits=1 << 23, sizes=Sizes())
+_CPU = Tuning(tokens=1024, masked_tokens=512, logits=1 << 25, sizes=Sizes())
 # few and large kernels: launching one costs more than many tokens
 _ACCELERATOR = Tuning(
     tokens=16384,
