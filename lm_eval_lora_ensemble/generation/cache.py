@@ -21,7 +21,11 @@ class GrowingLayer(DynamicLayer):
         self._length = 0
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,  # noqa: ARG002
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append the states of new tokens and return all."""
         if not self.is_initialized:
@@ -33,8 +37,7 @@ class GrowingLayer(DynamicLayer):
         start, stop = self._length, self._length + key_states.shape[2]
         for i, states in enumerate((key_states, value_states)):
             if stop > self._buffers[i].shape[2]:
-                rows, heads, _, size = states.shape
-                grown = states.new_empty(rows, heads, stop + _ROOM, size)
+                grown = states.new_empty(*states.shape[:2], stop + _ROOM, states.shape[3])
                 grown[:, :, :start] = self._buffers[i][:, :, :start]
                 self._buffers[i] = grown
             self._buffers[i][:, :, start:stop] = states
