@@ -21,11 +21,7 @@ class GrowingLayer(DynamicLayer):
         self._length = 0
 
     def update(
-        self,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        *args: Any,
-        **kwargs: Any,  # noqa: ARG002
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append the states of new tokens and return all."""
         if not self.is_initialized:
