@@ -229,7 +229,9 @@ def evaluate_answers(
             of_errors.estimate("accuracy"),
             {
                 name: ScoreResult(
-                    *(of_errors.estimate(f"{name}/{measure}") for measure in ("auroc", "aurc", "prr")),
+                    auroc=of_errors.estimate(f"{name}/auroc"),
+                    aurc=of_errors.estimate(f"{name}/aurc"),
+                    prr=of_errors.estimate(f"{name}/prr"),
                     risk_coverage=_curve(values, ~correct),
                 )
                 for name, values in ranked.items()
@@ -280,6 +282,8 @@ def detect_answers(
         statistics, ResamplingPlan(sum(sizes), resamples, seed, strata=np.repeat([0, 1], sizes), level=level)
     )
     return {
-        name: Detection(*(drawn.estimate(f"{name}/{measure}") for measure in ("auroc", "aupr", "fpr95")))
+        name: Detection(
+            drawn.estimate(f"{name}/auroc"), drawn.estimate(f"{name}/aupr"), drawn.estimate(f"{name}/fpr95")
+        )
         for name in rankings
     }

@@ -40,17 +40,12 @@ class Trace:
     def part(self, start: int, stop: int) -> Trace:
         """Return the trace of tokens ``start`` to ``stop``."""
         return Trace(
-            *(
-                values[..., start:stop]
-                for values in (
-                    self.tokens,
-                    self.log_probs,
-                    self.total,
-                    self.data,
-                    self.effective,
-                    self.members,
-                )
-            ),
+            tokens=self.tokens[start:stop],
+            log_probs=self.log_probs[start:stop],
+            total=self.total[start:stop],
+            data=self.data[start:stop],
+            effective=self.effective[start:stop],
+            members=self.members[:, start:stop],
             ended=self.ended,
         )
 

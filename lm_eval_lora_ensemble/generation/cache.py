@@ -33,8 +33,7 @@ class GrowingLayer(DynamicLayer):
         start, stop = self._length, self._length + key_states.shape[2]
         for i, states in enumerate((key_states, value_states)):
             if stop > self._buffers[i].shape[2]:
-                rows, heads, _, size = states.shape
-                grown = states.new_empty(rows, heads, stop + _ROOM, size)
+                grown = states.new_empty(*states.shape[:2], stop + _ROOM, states.shape[3])
                 grown[:, :, :start] = self._buffers[i][:, :, :start]
                 self._buffers[i] = grown
             self._buffers[i][:, :, start:stop] = states

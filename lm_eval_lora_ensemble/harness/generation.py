@@ -28,8 +28,6 @@ from lm_eval_lora_ensemble.scoring.finite import NonFiniteScoreError, refuse_non
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
-    from lm_eval_lora_ensemble.harness.model import LoraEnsembleLM
-
 logger = logging.getLogger(__name__)
 
 
@@ -53,10 +51,10 @@ class TextGenerator:
     """Answers one call of ``generate_until``.
 
     Args:
-        lm: the ensemble.
+        lm: the ensemble, a ``LoraEnsembleLM``; that module imports this one.
     """
 
-    def __init__(self, lm: LoraEnsembleLM) -> None:
+    def __init__(self, lm: Any) -> None:
         self._lm = lm
         self._names = lm._adapter_names
         self._causal = lm.model.get_base_model() if self._names else lm.model
@@ -241,7 +239,7 @@ def _draws(requests: Sequence[Instance]) -> list[Callable[[], float]]:
     lm-eval seeds torch before it loads a model; repeats of a request follow one another.
     """
     seen: Counter[str] = Counter()
-    found = []
+    found: list[Callable[[], float]] = []
     for request in requests:
         asked = "\0".join(map(str, (request.task_name, request.doc_id, request.idx, *request.args)))
         digest = hashlib.sha256(asked.encode("utf-8", "replace")).digest()

@@ -40,9 +40,9 @@ def to_markdown(
             "|" + "|".join(ANSWER_HEADS) + "|",
             "|---|---|---|" + "---:|" * 4,
         ]
-        for row in answers:
-            names = [escape(str(row[key])) for key in ("run", "task", "score")]
-            lines.append("|" + "|".join([*names, row["mean"], *row["errors"]]) + "|")
+        for answer in answers:
+            names = [escape(str(answer[key])) for key in ("run", "task", "score")]
+            lines.append("|" + "|".join([*names, answer["mean"], *answer["errors"]]) + "|")
         lines.append("")
     lines.append(
         "Intervals: bootstrap over documents; of replicates, t over ensembles of other seeds. Bold: better than every "
