@@ -1,0 +1,245 @@
+"""Saved results, judged: every metric of every method on every task, and its paired differences.
+
+With one seed, intervals are over documents. With several, a value is the mean over seeds, its interval is over
+documents and seeds together, and a difference has Student's interval over seeds besides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from lm_eval_lora_ensemble.analysis.distribution import CROSSFIT, RAW, VALIDATION, Distribution
+from lm_eval_lora_ensemble.analysis.domains import out_of_domain
+from lm_eval_lora_ensemble.analysis.replicates import spread
+from lm_eval_lora_ensemble.analysis.result import Settings
+from lm_eval_lora_ensemble.analysis.runs import Run, load_samples, merge_runs
+from lm_eval_lora_ensemble.metrics.battery import Battery
+from lm_eval_lora_ensemble.metrics.bootstrap import Bootstrapped, ResamplingPlan, bootstrap
+from lm_eval_lora_ensemble.metrics.detection import DetectionStatistics
+from lm_eval_lora_ensemble.metrics.predictions import check_same_documents
+from lm_eval_lora_ensemble.metrics.registry import METRICS
+from posterior_study.methods import IN_DOMAIN, METHODS
+from posterior_study.plan import Sizes, drawing_of, evaluation_of, source_of
+from posterior_study.running import Record
+
+PRIMARY = Distribution("chars", VALIDATION)
+BESIDE = (Distribution("sum", RAW), Distribution("chars", CROSSFIT))
+JUDGED = ("accuracy", "nll", "ece", "brier_score", "mutual_information", "error_auroc_entropy")
+DETECTION = "entropy/auroc"
+
+
+@dataclass(frozen=True)
+class Value:
+    """A number with its interval; NaN where there is none.
+
+    Attributes:
+        value: the mean over seeds.
+        low, high: over documents, and over seeds too where there are several.
+        deviation: standard deviation over seeds; NaN for one.
+        excludes_zero: whether every interval of it does, Student's over seeds included.
+    """
+
+    value: float
+    low: float
+    high: float
+    deviation: float
+    excludes_zero: bool
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One method on one task: the resamples of each seed, by seed; all methods' are paired."""
+
+    by_seed: Mapping[int, Bootstrapped]
+    settings: Settings
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of what was judged."""
+        return list(next(iter(self.by_seed.values())).value)
+
+    def value(self, metric: str) -> Value:
+        """Return a metric's value."""
+        parts = list(self.by_seed.values())
+        if len(parts) == 1:
+            estimate = parts[0].estimate(metric)
+            low, high, _ = estimate.quoted
+            return Value(estimate.value, low, high, math.nan, low > 0 or high < 0)
+        resampled = np.stack([part.resampled[metric] for part in parts])
+        found = spread(
+            [part.value[metric] for part in parts], resampled, self.settings.level, self.settings.seed
+        )
+        low, high = found.two_way
+        excludes = all(one > 0 or other < 0 for one, other in (found.t, found.two_way))
+        return Value(found.mean, low, high, found.standard_deviation, excludes)
+
+    def minus(self, other: Judged) -> Judged | None:
+        """Return the difference, paired by document and by seed; None where no seed has both."""
+        shared = [seed for seed in self.by_seed if seed in other.by_seed]
+        if not shared:
+            return None
+        return Judged({seed: self.by_seed[seed].minus(other.by_seed[seed]) for seed in shared}, self.settings)
+
+
+def best(rows: Mapping[str, Judged], metric: str, direction: str) -> str | None:
+    """Return the row that is better than every other by an interval that excludes 0; None where there is none.
+
+    Args:
+        rows: methods on one task.
+        metric: by which.
+        direction: ``higher``, ``lower``, or "" for a metric without a better end.
+    """
+    values = {name: row.value(metric).value for name, row in rows.items()}
+    known = {name: value for name, value in values.items() if math.isfinite(value)}
+    if not direction or len(known) < 2:
+        return None
+    first = (max if direction == "higher" else min)(known, key=known.__getitem__)
+    for name in known:
+        difference = rows[first].minus(rows[name]) if name != first else None
+        if name != first and (difference is None or not difference.value(metric).excludes_zero):
+            return None
+    return first
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything that the page says, as far as it is done.
+
+    Attributes:
+        sizes: what was asked for; other results in the folder are not looked at.
+        output: the study's folder.
+        records: of the steps that are done.
+        settings: bins, resamples, seed and level of every interval.
+    """
+
+    sizes: Sizes
+    output: Path
+    records: Mapping[str, Record]
+    settings: Settings
+
+    def seeds(self, members: int) -> list[int]:
+        """Return the seeds that a number of members is asked for with."""
+        return [seed for n, seed in self.sizes.columns() if n == members]
+
+    @property
+    def methods(self) -> list[str]:
+        """Names in the order of the tables."""
+        return [name for name in METHODS if name in self.sizes.methods]
+
+    def judge(self, members: int, task: str, distribution: Distribution) -> dict[str, Judged]:
+        """Return every method that has results of a task, by name.
+
+        Raises:
+            EnsembleError: results that cannot be trusted, or of other documents for one method than for another.
+        """
+        of_runs = self._runs(members, task)
+
+        def of_one(run: Run) -> Bootstrapped:
+            predictions = run.under(distribution).predictions(task)
+            alone = predictions.n_members == 1
+            metrics = [metric for metric in JUDGED if not (alone and metric == "mutual_information")]
+            plan = self.settings.plan(task, predictions)
+            return bootstrap(Battery(predictions, self.settings.bins, metrics), plan)
+
+        return self._each(of_runs, of_one)
+
+    def detect(self, members: int, task: str) -> dict[str, Judged]:
+        """Return how well each method's entropy tells a task from the in-domain one, under the primary view."""
+        inside = self._runs(members, IN_DOMAIN)
+
+        def of_one(run: Run, of_inside: Run) -> Bootstrapped:
+            (both,) = merge_runs([of_inside, run])
+            whole = both.under(PRIMARY)
+            domains = whole.predictions(IN_DOMAIN), out_of_domain(whole, IN_DOMAIN, task)
+            sizes = [domain.n_documents for domain in domains]
+            chosen = self.settings
+            plan = ResamplingPlan(
+                sum(sizes), chosen.resamples, chosen.seed, strata=np.repeat([0, 1], sizes), level=chosen.level
+            )
+            return bootstrap(DetectionStatistics(*domains), plan)
+
+        return {
+            name: Judged(
+                {seed: of_one(run, inside[name][seed]) for seed, run in by_seed.items()}, self.settings
+            )
+            for name, of_task in self._runs(members, task).items()
+            if (by_seed := {seed: run for seed, run in of_task.items() if seed in inside.get(name, {})})
+        }
+
+    def seconds(self, members: int, name: str, seed: int) -> dict[str, tuple[float, bool]] | None:
+        """Return what a method took: seconds of training, drawing and evaluating, and whether each is a lower bound.
+
+        None while a step is missing. Evaluating is all tasks', each with lm-eval's start.
+        """
+        method = METHODS[name]
+        parts = {
+            "training": [source_of(method, members, seed)],
+            "drawing": [drawing_of(method, members, seed)] if method.is_drawn else [],
+            "evaluation": [
+                evaluation_of(method, members, seed, *pair) for pair in self.sizes.documents.items()
+            ],
+        }
+        if any(step not in self.records for steps in parts.values() for step in steps):
+            return None
+        return {
+            part: (
+                sum(self.records[step].seconds for step in steps),
+                any(self.records[step].interrupted for step in steps),
+            )
+            for part, steps in parts.items()
+        }
+
+    def done(self, members: int, name: str, task: str) -> list[int]:
+        """Return the seeds that a method has been evaluated with."""
+        documents = self.sizes.documents[task]
+        return [
+            seed
+            for seed in self.seeds(members)
+            if evaluation_of(METHODS[name], members, seed, task, documents) in self.records
+        ]
+
+    def _each(
+        self, runs: Mapping[str, Mapping[int, Run]], of_one: Callable[[Run], Bootstrapped]
+    ) -> dict[str, Judged]:
+        return {
+            name: Judged({seed: of_one(run) for seed, run in by_seed.items()}, self.settings)
+            for name, by_seed in runs.items()
+            if by_seed
+        }
+
+    def _runs(self, members: int, task: str) -> dict[str, dict[int, Run]]:
+        """Return the runs of one task by method and seed."""
+        key = members, task
+        if key not in self._read:
+            documents = self.sizes.documents[task]
+            self._read[key] = {
+                name: {
+                    seed: load_samples(
+                        self.output / evaluation_of(METHODS[name], members, seed, task, documents)
+                    )
+                    for seed in self.done(members, name, task)
+                }
+                for name in self.methods
+            }
+            _refuse_other_documents([run for of in self._read[key].values() for run in of.values()], task)
+        return self._read[key]
+
+    @cached_property
+    def _read(self) -> dict[tuple[int, str], dict[str, dict[int, Run]]]:
+        return {}
+
+
+def _refuse_other_documents(runs: Sequence[Run], task: str) -> None:
+    for run in runs[1:]:
+        check_same_documents(runs[0].predictions(task), run.predictions(task))
+
+
+def direction_of(metric: str) -> str:
+    """Return which end of a metric is better: ``higher``, ``lower`` or neither."""
+    return "higher" if metric == DETECTION else METRICS[metric].direction

@@ -1,0 +1,274 @@
+"""The study of docs/posteriors.md: what it would run, that it goes on, and that its tables say what its results say."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from conftest import PROJECT
+from report_fixtures import write_run
+from scipy import special
+
+from lm_eval_lora_ensemble.analysis.result import Settings
+from lm_eval_lora_ensemble.errors import EnsembleError
+from lm_eval_lora_ensemble.metrics.battery import Battery
+from lm_eval_lora_ensemble.metrics.bootstrap import bootstrap
+from lm_eval_lora_ensemble.metrics.predictions import Predictions
+from lm_eval_lora_ensemble.posterior import registry
+from lm_eval_lora_ensemble.posterior.options import split_words
+from lm_eval_lora_ensemble.posterior.plan import Settings as DrawSettings
+from lm_eval_lora_ensemble.train.recipe import Recipe
+
+SETTINGS = Settings(resamples=200)
+SMALL = {"arc_easy": 120, "hellaswag": 110}
+TEMPERATURE = {"map": 0.5, "swag": 0.25}
+
+
+@pytest.fixture(scope="module")
+def study():
+    """The modules of docs/study, which is no package that anybody installs."""
+    sys.path.insert(0, str(PROJECT / "docs" / "study"))
+    try:
+        from posterior_study import figure, methods, page, plan, results, running
+    finally:
+        sys.path.pop(0)
+    return type(
+        "Modules", (), {m.__name__.split(".")[-1]: m for m in (figure, methods, page, plan, results, running)}
+    )
+
+
+def test_the_page_has_the_methods_and_nothing_made_by_hand(study):
+    page = study.page.PAGE.read_text(encoding="utf-8")
+    blocks = dict(re.findall(r"<!-- posteriors: (\w+) -->\n(.*?)<!-- end -->", page, re.DOTALL))
+    assert blocks.keys() == {"methods", *study.page.BLOCKS}
+    assert blocks["methods"] == study.page.methods(), (
+        "run: python docs/study/posteriors.py --output FOLDER --tables"
+    )
+    assert "A trial" not in page
+    whole = study.page.filled(page, None)
+    assert all(f"posteriors: {name} -->\n{study.page.NOT_RUN}" in whole for name in study.page.BLOCKS)
+
+
+def test_one_seed_of_the_cheap_methods_comes_first_and_every_step_follows_what_it_needs(study):
+    sizes = study.plan.Sizes()
+    every = study.plan.steps(sizes)
+    names = [step.name for step in every]
+    assert len(set(names)) == len(names)
+    for step in every:
+        needed = re.findall(r"\{output\}/((?:train|drawn)/[\w/]+)", " ".join(step.command))
+        assert all(names.index(name) <= names.index(step.name) for name in needed)
+    first = [name for name in names if "seed_0" in name and "members_10" not in name and "_10" not in name]
+    assert names[: len(first)] == first
+    results = [name.split("/")[3] for name in first if name.startswith("results/")]
+    assert list(dict.fromkeys(results)) == list(study.methods.METHODS)
+    smaller = study.plan.steps(study.plan.Sizes(seeds=1, members=(5,)))
+    assert {step.command for step in smaller} <= {step.command for step in every}
+
+
+def test_what_it_trains_and_draws_is_what_recipes_and_methods_take(study):
+    seeds = set()
+    for step in study.plan.steps(study.plan.Sizes()):
+        if step.kind == "train":
+            recipe = Recipe.load(
+                step.command[3], [word.replace("{output}", "study") for word in step.command[4:]]
+            )
+            members = range(recipe.seed, recipe.seed + recipe.members)
+            assert recipe.max_steps == 100 and recipe.keep_snapshots == 5
+            seeds.add(range(members.start, members.start + 10))
+        if step.kind == "draw":
+            assert DrawSettings.of(registry.METHODS[step.command[3]], split_words(step.command[5:]))
+    ordered = sorted(seeds, key=lambda members: members.start)
+    assert len(ordered) == 3 and all(a.stop <= b.start for a, b in pairwise(ordered))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"methods": ("map", "swagg")}, "did you mean swag"),
+        ({"methods": ("swag",)}, "map must be among them"),
+        ({"documents": {"hellaswag": 5}}, "arc_easy=D must come first"),
+        ({"training_steps": 19}, "at least 20"),
+        ({"seeds": 0}, "at least one seed"),
+    ],
+)
+def test_sizes_that_are_none_are_one_line(study, sizes, words):
+    with pytest.raises(EnsembleError, match=words):
+        study.plan.Sizes(**sizes)
+
+
+def _step(study, code, name="train/seed_0/one", **more):
+    return study.plan.Step(name, "train", ("-c", code, "{output}"), "one", 2.0, 30.0, **more)
+
+
+COUNT = "import sys, pathlib; p = pathlib.Path(sys.argv[1]) / 'count'; p.open('a').write('x')"
+
+
+def test_a_step_runs_once_and_a_failed_one_again(study, tmp_path, capsys):
+    good, bad = _step(study, COUNT), _step(study, COUNT + "; sys.exit('no such thing')", "train/seed_0/two")
+    for _ in range(2):
+        with pytest.raises(
+            EnsembleError, match=r"two ended with status 1: no such thing; its log is .*two\.txt"
+        ):
+            study.running.run([good, bad], tmp_path)
+    assert (tmp_path / "count").read_text() == "xxx"
+    mended = _step(study, COUNT, "train/seed_0/two")
+    study.running.run([good, mended], tmp_path)
+    records = study.running.read_records([good, mended], tmp_path)
+    assert [records[step.name].interrupted for step in (good, mended)] == [False, True]
+    assert "[2/2] train/seed_0/two: about" in capsys.readouterr().out
+    with pytest.raises(EnsembleError, match="done with other settings"):
+        study.running.read_records([_step(study, "pass")], tmp_path)
+
+
+def test_what_a_killed_evaluation_left_is_removed_first(study, tmp_path):
+    step = _step(study, COUNT, "results/a", writes="results/a")
+    (tmp_path / "results" / "a").mkdir(parents=True)
+    (tmp_path / "results" / "a" / "half").touch()
+    study.running.run([step], tmp_path)
+    assert not (tmp_path / "results" / "a").exists()
+
+
+def test_the_estimate_goes_by_what_was_measured(study):
+    Step, Record = study.plan.Step, study.running.Record
+    steps = [
+        Step(name, "draw", (), rate, work, 10.0)
+        for name, rate, work in [("a", "x", 1.0), ("b", "x", 2.0), ("c", "x", 5.0), ("d", "y", 1.0)]
+    ]
+    records = {name: Record((), seconds, False, {}) for name, seconds in [("a", 30.0), ("b", 80.0)]}
+    left = study.running.estimate(steps, records)
+    assert left == {"c": pytest.approx(35.0 * 5), "d": pytest.approx(10.0 * 110 / 20)}
+    assert study.running.estimate(steps, {}) == dict.fromkeys("abcd", 10.0)
+
+
+# ------------------------------------------------------------------------------------------- the tables
+
+
+def _saved(study, output, *, seeds=1, tasks=SMALL):
+    """Write results and records of two methods as the steps would have, and return the study."""
+    sizes = study.plan.Sizes(dict(tasks), seeds, (3,), ("map", "swag"), 20, 24)
+    machine = {"processor": "some", "torch": "0"}
+    records = {}
+    for step in study.plan.steps(sizes):
+        records[step.name] = study.running.Record(step.command, 4.0 * step.work, False, machine)
+        if step.kind == "evaluate":
+            _, seed, size, method, task = step.name.split("/")
+            _write(output / step.name, method, int(seed[-1]), int(size[-1]), task.rpartition("_")[0], tasks)
+    return study.results.Study(sizes, output, records, SETTINGS)
+
+
+def _write(folder, method, seed, members, task, tasks):
+    alone = [{"temperature": TEMPERATURE[method]}] * members
+    scale = {"ensemble": {"temperature": TEMPERATURE[method]}, "members": alone}
+    ensemble = {
+        "fingerprint": f"{method}{seed}",
+        "base_model": "base",
+        "epoch": None,
+        "calibration": {"scores": {"chars": scale}},
+    }
+    config = {"model": "lora-ensemble", "model_args": {}, "lora_ensemble": ensemble}
+    write_run(folder, {task: tasks[task]}, members=members, seed=10 * seed + len(method), config=config)
+
+
+def _nll(folder, temperature):
+    """Each document's nll under the primary view, from the file alone."""
+    (file,) = folder.glob("samples_*.jsonl")
+    nll = []
+    for line in map(json.loads, file.read_text().splitlines()):
+        chars = [len(line["arguments"][f"gen_args_{c}"]["arg_1"]) - 1 for c in range(4)]
+        p = special.softmax(np.array(line["members"]) / np.array(chars) / temperature, axis=1).mean(0)
+        nll.append(-np.log(p[int(line["target"])]))
+    return np.array(nll)
+
+
+def _row(text, heading, name):
+    table = text.split(f"### {heading}")[1].split("###")[0]
+    head = next(line for line in table.splitlines() if line.startswith("| "))
+    (line,) = [line for line in table.splitlines() if line.startswith(f"| `{name}`")]
+    return dict(zip(head.split(" | "), line.split(" | "), strict=True))
+
+
+def test_tables_say_what_the_files_say(study, tmp_path):
+    of = _saved(study, tmp_path)
+    names = {"map": "results/seed_0/members_1/map", "swag": "results/seed_0/members_3/swag"}
+    heading = "N = 3, hellaswag, 110 documents, 1 seed"
+    nll = {k: _nll(tmp_path / name / "hellaswag_110", TEMPERATURE[k]).mean() for k, name in names.items()}
+    for name, value in nll.items():
+        row = _row(study.page.primary(of), heading, name)
+        assert row["nll ↓"].strip("*").startswith(f"{value:.3f} [")
+        assert ("–" in row["MI"]) == (name == "map")
+        assert "[" in row["OOD AUROC of entropy ↑ |"]
+    gain = _row(study.page.differences(of), heading, "swag")["nll ↓"]
+    assert gain.strip("*").startswith(f"{nll['swag'] - nll['map']:.3f} [".replace("-", "−"))
+    assert gain.startswith("**"), "a mixture at another scale differs from one member beyond doubt"
+    beside = study.page.scales(of)
+    assert "summed: nll ↓" in beside and "per character: ece ↓" in beside and "Not defined" not in beside
+    work = {step.name: step.work for step in study.plan.steps(of.sizes)}
+    assert _costs(study.page.costs(of), "swag") == [1.0, 1 / work["train/seed_0/map"], 3.0]
+    study.figure.draw(of, tmp_path)
+    assert (
+        study.page.figure(of).endswith(f"]({study.figure.NAME})\n")
+        and (tmp_path / study.figure.NAME).is_file()
+    )
+    said = study.page.what_was_run(of)
+    assert "A trial" in said and "| `swag` | 1 of 1 |" in said and "Nothing is left" in said
+
+
+def _costs(text, name):
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| `{name}`")]
+    return [float(cell) for cell in line.split(" | ")[1:4]]
+
+
+def test_seeds_give_means_deviations_and_intervals_over_both(study, tmp_path):
+    of = _saved(study, tmp_path, seeds=3)
+    each = [
+        _nll(tmp_path / f"results/seed_{seed}/members_3/swag/arc_easy_120", TEMPERATURE["swag"]).mean()
+        for seed in range(3)
+    ]
+    shown = _row(study.page.primary(of), "N = 3, arc_easy, 120 documents, 3 seeds", "swag")["nll ↓"].strip(
+        "*"
+    )
+    assert shown.startswith(f"{np.mean(each):.3f} [") and shown.endswith(f"] ± {np.std(each, ddof=1):.3f}")
+
+
+def test_what_is_not_done_is_said_and_an_oracle_of_few_documents_is_not_invented(study, tmp_path):
+    of = _saved(study, tmp_path, tasks={"arc_easy": 30, "hellaswag": 12})
+    missing = {name: record for name, record in of.records.items() if "swag/hellaswag" not in name}
+    of = study.results.Study(of.sizes, tmp_path, missing, SETTINGS)
+    said = study.page.what_was_run(of)
+    assert "| `swag` | not run yet |" in said and "Left: about" in said
+    assert "Not defined here: per character, T cross-fitted" in study.page.scales(of)
+    assert "`swag`" not in study.page.costs(of)
+    nothing = study.results.Study(of.sizes, tmp_path, {}, SETTINGS)
+    page = study.page.filled(study.page.PAGE.read_text(encoding="utf-8"), nothing)
+    assert page == study.page.filled(page, None)
+    study.figure.draw(nothing, tmp_path)
+    assert not (tmp_path / "study").exists()
+
+
+def test_best_is_what_every_paired_interval_says(study):
+    rng = np.random.default_rng(0)
+    gold = rng.integers(4, size=300)
+    noise = rng.normal(size=(300, 4))
+
+    def judged(lead, seeds=(0,), jitter=0.0):
+        parts = {}
+        for seed in seeds:
+            other = np.random.default_rng(seed + 1).normal(size=(300, 4)) * jitter
+            p = Predictions.from_scores(noise + other + lead * np.eye(4)[gold], gold)
+            parts[seed] = bootstrap(Battery(p, 15, ("nll",)), SETTINGS.plan("task", p))
+        return study.results.Judged(parts, SETTINGS)
+
+    best = study.results.best
+    assert best({"a": judged(1.0), "b": judged(1.2)}, "nll", "lower") == "b"
+    assert best({"a": judged(1.0), "b": judged(1.0)}, "nll", "lower") is None
+    assert best({"a": judged(1.0), "b": judged(1.2)}, "nll", "") is None
+    assert best({"a": judged(1.0)}, "nll", "lower") is None, "one row is better than nothing"
+    assert best({"a": judged(1.0, (0,)), "b": judged(1.2, (1,))}, "nll", "lower") is None, "no seed in common"
+    three = {"a": judged(1.0, (0, 1, 2), 0.3), "b": judged(1.5, (0, 1, 2), 0.3)}
+    assert best(three, "nll", "lower") == "b"
+    apart = {"a": judged(1.0, (0, 1, 2)), "b": judged(1.0, (0, 1, 2), 0.05)}
+    assert best(apart, "nll", "lower") is None, "three seeds cannot tell so little"
