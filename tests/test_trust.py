@@ -48,7 +48,7 @@ def test_a_score_that_is_no_number_names_member_task_and_document(
     model = lora(ensemble)
     if path == "plain":
         monkeypatch.setattr(
-            "lm_eval_lora_ensemble.harness.model.why_no_tree", lambda *_: "a test asks for it"
+            "lm_eval_lora_ensemble.scoring.choice.PackedModels.choose", lambda *_: "a test asks for it"
         )
     poison(model, 1, value)
     tasks = TaskManager(include_path=str(write_tasks(tmp_path)), include_defaults=False)

@@ -421,6 +421,12 @@ class LoraEnsembleLM(HFLM):
             dtype=self.mixed_precision_dtype,
         )
 
+    def _engine(self) -> dict[str, Any] | None:
+        """Say how requests were scored last, for the results file; None before any, or request by request."""
+        if self._used is None:
+            return None
+        return {"attention": self._used.attention, **self._used.tuning.as_mapping()}
+
     def _device_of_model(self) -> torch.device:
         """Return where the computing is done; a base with offloaded layers names no device of its own."""
         return self.device if self.model.device.type == "meta" else self.model.device
