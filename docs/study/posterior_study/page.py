@@ -152,7 +152,8 @@ def scales(study: Study) -> str:
             try:
                 by_scale[distribution.label] = study.judge(members, task, distribution)
             except EnsembleError as error:  # noqa: PERF203 - few documents give no oracle, and raw scores all the same
-                notes.append(f"Not defined here: {distribution.label} ({error}).\n")
+                reason = str(error).replace(f"{study.output}/", "")
+                notes.append(f"Not defined here: {distribution.label} ({reason}).\n")
         head = [f"{label.split(', ')[0]}: {_head(metric)}" for label in by_scale for metric in SCALES]
         names = dict.fromkeys(name for judged in by_scale.values() for name in judged)
         rows = [

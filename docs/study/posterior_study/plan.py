@@ -80,20 +80,16 @@ class Step:
 
     Attributes:
         name: its record's, a path below ``records``.
-        kind: ``train``, ``draw``, ``calibrate`` or ``evaluate``.
+        kind: what it does, to what: steps of one kind are slower than guessed by one factor.
         command: Python's arguments; paths begin with ``{output}``.
-        rate: what steps of one cost share: their seconds are in proportion to ``work``.
-        work: steps or documents, times members.
-        seconds: a first guess.
+        guess: seconds on two cores with AVX2 in float32.
         writes: a folder that must be empty before it begins, below the output; "" where the command itself goes on.
     """
 
     name: str
     kind: str
     command: tuple[str, ...]
-    rate: str
-    work: float
-    seconds: float
+    guess: float
     writes: str = ""
 
 
@@ -140,7 +136,7 @@ def _of_method(method: Method, members: int, seed: int, sizes: Sizes) -> Iterato
             words.append(f"model_args=dtype={sizes.dtype}")
         words += [f"draws={members}", f"seed={seed}", f"output={{output}}/{adapters}"]
         command = [*_LAB, "draw", method.name, f"{{output}}/{source}", *words]
-        yield Step(adapters, "draw", tuple(command), f"draw {method.name}", 1.0, method.seconds)
+        yield Step(adapters, f"draw {method.name}", tuple(command), method.seconds)
     size = 1 if method.name == POINT else members
     calibrate = [*_LAB, "calibrate", f"{{output}}/{adapters}", IN_DOMAIN, "--limit", str(sizes.validation)]
     name = f"calibrated/{place_of(method, members, seed)}"
@@ -161,8 +157,8 @@ def _of_method(method: Method, members: int, seed: int, sizes: Sizes) -> Iterato
 
 def _scoring(name: str, kind: str, command: Sequence[str], of: str, work: int, writes: str = "") -> Step:
     # every scoring command starts Python, lm-eval and the model first
-    seconds = _STARTING + work * _A_DOCUMENT.get(of, 0.1)
-    return Step(name, kind, tuple(command), f"{kind} {of}", work, seconds, writes)
+    guess = _STARTING + work * _A_DOCUMENT.get(of, 0.1)
+    return Step(name, f"{kind} {of}", tuple(command), guess, writes)
 
 
 def _snapshots(sizes: Sizes) -> int:
@@ -191,12 +187,5 @@ def _training(kind: str, name: str, members: int, seed: int, sizes: Sizes) -> St
     if kind == "blob":
         words["posterior"] = "blob"
     command = [*_LAB, "train", "smollm2_arc_easy", *(f"{key}={value}" for key, value in words.items())]
-    work = size * sizes.training_steps
-    return Step(
-        name,
-        "train",
-        tuple(command),
-        f"train {'jointly' if size > 1 else kind}",
-        work,
-        _STARTING + work * _A_STEP,
-    )
+    guess = _STARTING + size * sizes.training_steps * _A_STEP
+    return Step(name, f"train {'jointly' if size > 1 else kind}", tuple(command), guess)

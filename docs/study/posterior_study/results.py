@@ -95,7 +95,7 @@ def best(rows: Mapping[str, Judged], metric: str, direction: str) -> str | None:
         metric: by which.
         direction: ``higher``, ``lower``, or "" for a metric without a better end.
     """
-    values = {name: row.value(metric).value for name, row in rows.items()}
+    values = {name: row.value(metric).value for name, row in rows.items() if metric in row.metrics}
     known = {name: value for name, value in values.items() if math.isfinite(value)}
     if not direction or len(known) < 2:
         return None
@@ -136,9 +136,9 @@ class Study:
         """Return every method that has results of a task, by name.
 
         Raises:
-            EnsembleError: results that cannot be trusted, or of other documents for one method than for another.
+            EnsembleError: results that cannot be trusted, of other documents for one method than for another, or
+                without such a distribution.
         """
-        of_runs = self._runs(members, task)
 
         def of_one(run: Run) -> Bootstrapped:
             predictions = run.under(distribution).predictions(task)
@@ -147,30 +147,37 @@ class Study:
             plan = self.settings.plan(task, predictions)
             return bootstrap(Battery(predictions, self.settings.bins, metrics), plan)
 
-        return self._each(of_runs, of_one)
+        key = members, task, distribution
+        if key not in self._judged:
+            self._judged[key] = self._each(self._runs(members, task), of_one)
+        return self._judged[key]
 
     def detect(self, members: int, task: str) -> dict[str, Judged]:
         """Return how well each method's entropy tells a task from the in-domain one, under the primary view."""
         inside = self._runs(members, IN_DOMAIN)
+        both = {
+            name: {
+                seed: merge_runs([inside[name][seed], run])[0]
+                for seed, run in by_seed.items()
+                if seed in inside[name]
+            }
+            for name, by_seed in self._runs(members, task).items()
+        }
 
-        def of_one(run: Run, of_inside: Run) -> Bootstrapped:
-            (both,) = merge_runs([of_inside, run])
-            whole = both.under(PRIMARY)
-            domains = whole.predictions(IN_DOMAIN), out_of_domain(whole, IN_DOMAIN, task)
+        def of_one(run: Run) -> Bootstrapped:
+            judged, chosen = run.under(PRIMARY), self.settings
+            domains = judged.predictions(IN_DOMAIN), out_of_domain(judged, IN_DOMAIN, task)
             sizes = [domain.n_documents for domain in domains]
-            chosen = self.settings
+            strata = np.repeat([0, 1], sizes)
             plan = ResamplingPlan(
-                sum(sizes), chosen.resamples, chosen.seed, strata=np.repeat([0, 1], sizes), level=chosen.level
+                sum(sizes), chosen.resamples, chosen.seed, strata=strata, level=chosen.level
             )
             return bootstrap(DetectionStatistics(*domains), plan)
 
-        return {
-            name: Judged(
-                {seed: of_one(run, inside[name][seed]) for seed, run in by_seed.items()}, self.settings
-            )
-            for name, of_task in self._runs(members, task).items()
-            if (by_seed := {seed: run for seed, run in of_task.items() if seed in inside.get(name, {})})
-        }
+        key = members, task, DETECTION
+        if key not in self._judged:
+            self._judged[key] = self._each(both, of_one)
+        return self._judged[key]
 
     def seconds(self, members: int, name: str, seed: int) -> dict[str, tuple[float, bool]] | None:
         """Return what a method took: seconds of training, drawing and evaluating, and whether each is a lower bound.
@@ -229,6 +236,10 @@ class Study:
             }
             _refuse_other_documents([run for of in self._read[key].values() for run in of.values()], task)
         return self._read[key]
+
+    @cached_property
+    def _judged(self) -> dict[tuple[int, str, Distribution | str], dict[str, Judged]]:
+        return {}
 
     @cached_property
     def _read(self) -> dict[tuple[int, str], dict[str, dict[int, Run]]]:

@@ -70,20 +70,17 @@ def read_records(steps: Sequence[Step], output: Path) -> dict[str, Record]:
 def estimate(steps: Sequence[Step], records: Mapping[str, Record]) -> dict[str, float]:
     """Return the seconds that each step without a record will take, by name.
 
-    Steps of one rate are in proportion to their work. Once some are done their median rate counts; until then the first
-    guess, times how much slower than guessed all finished steps were.
+    The first guess of each, times how much slower than guessed its kind was: the median over the kind's finished steps,
+    or all finished steps together where the kind has none.
     """
-    rates: dict[str, list[float]] = {}
-    for step in steps:
-        if step.name in records and not records[step.name].interrupted:
-            rates.setdefault(step.rate, []).append(records[step.name].seconds / step.work)
-    done = [step for step in steps if step.name in records]
-    guessed = sum(step.seconds for step in done)
-    slower = sum(records[step.name].seconds for step in done) / guessed if guessed else 1.0
+    done = [step for step in steps if step.name in records and not records[step.name].interrupted]
+    slower: dict[str, list[float]] = {}
+    for step in done:
+        slower.setdefault(step.kind, []).append(records[step.name].seconds / step.guess)
+    guessed = sum(step.guess for step in done)
+    overall = sum(records[step.name].seconds for step in done) / guessed if guessed else 1.0
     return {
-        step.name: statistics.median(rates[step.rate]) * step.work
-        if step.rate in rates
-        else step.seconds * slower
+        step.name: step.guess * (statistics.median(slower[step.kind]) if step.kind in slower else overall)
         for step in steps
         if step.name not in records
     }
