@@ -187,8 +187,9 @@ def test_one_gold_moves_only_the_documents_of_other_folds(run):
     before = crossfit(scores.per_unit("chars"), scores.folds).temperatures
     after = crossfit(other, scores.folds).temperatures
     same_fold = scores.folds == scores.folds[5]
-    assert (before[same_fold] == after[same_fold]).all()
-    assert (before[~same_fold] != after[~same_fold]).all()
+    # the second scores were normalised once more, which rounds
+    np.testing.assert_allclose(after[same_fold], before[same_fold], rtol=1e-9)
+    assert (abs(after / before - 1)[~same_fold] > 1e-5).all()
 
 
 def test_duplicates_share_a_fold_and_members_a_scale(found, run):
