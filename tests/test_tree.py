@@ -234,6 +234,17 @@ def test_masks_refuse_sequences_beyond_the_window(architecture):
     assert reason is None if window is None else "sliding window of 64" in reason
 
 
+@pytest.mark.parametrize("kind", ["longrope", "dynamic", "yarn"])
+def test_rotary_embeddings_of_a_batch_are_refused_beyond_what_was_trained(kind):
+    """They would depend on which sequences share a pass; those that do not are no obstacle."""
+    model = tiny("llama")
+    rotary = {"rope_type": kind, "factor": 4.0, "original_max_position_embeddings": 50}
+    model.config.rope_parameters = {**model.config.rope_parameters, **rotary}
+    assert why_no_segments(model, 50) is None
+    reason = why_no_segments(model, 51)
+    assert reason is None if kind == "yarn" else "51 tokens where 50 were trained" in reason
+
+
 # ------------------------------------------------------------------------------------------- the trial
 
 

@@ -69,7 +69,7 @@ class Head:
         project = self.project
         plain = (
             type(project) is torch.nn.Linear
-            and project.bias is None
+            and getattr(project, "bias", None) is None
             and not (project._forward_hooks or project._forward_pre_hooks or hasattr(project, "_hf_hook"))
             and hidden.device.type == "cpu"
             and hidden.dtype == project.weight.dtype == torch.float32

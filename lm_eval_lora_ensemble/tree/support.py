@@ -70,9 +70,9 @@ def _obstacles(model: Any, longest: int) -> Iterator[str]:
     ):
         yield "the model takes no position ids"
     stretched = STRETCHED_ROTARY & _rotary_types(config)
-    original = getattr(config, "original_max_position_embeddings", None) or getattr(
-        config, "max_position_embeddings", longest
-    )
+    original = _trained_length(config)
+    if original is None:
+        original = longest
     if stretched and longest > original:
         yield (
             f"{stretched.pop()} rotary embeddings of a batch depend on its longest sequence, here {longest} tokens "
@@ -95,11 +95,22 @@ def _obstacles_to_segments(model: Any) -> Iterator[str]:
         yield f"the attention of {type(causal).__name__} cannot be replaced in transformers"
 
 
-def _rotary_types(config: Any) -> set[str]:
-    """Return the kinds of rotary embeddings that a configuration names, for all layers or by their type."""
+def _rotary(config: Any) -> list[dict[str, Any]]:
+    """Return the settings of rotary embeddings that a configuration has, for all layers or by their type."""
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    each = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
-    return {str(one.get("rope_type", one.get("type", "default"))) for one in each}
+    return [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+
+
+def _rotary_types(config: Any) -> set[str]:
+    return {str(one.get("rope_type", one.get("type", "default"))) for one in _rotary(config)}
+
+
+def _trained_length(config: Any) -> int | None:
+    """Return up to which length rotary embeddings are what they were in training."""
+    name = "original_max_position_embeddings"
+    named = [one[name] for one in _rotary(config) if one.get(name)]
+    named += [value for value in (getattr(config, name, None),) if value]
+    return min(named) if named else getattr(config, "max_position_embeddings", None)
 
 
 def _rounds_by_batch(module: Any) -> bool:
