@@ -138,8 +138,8 @@ def test_the_estimate_goes_by_what_was_measured(study):
         Step(n, kind, (), guess) for n, kind, guess in [("a", "x", 5.0), ("b", "x", 20.0), ("c", "x", 50.0)]
     ]
     steps += [Step("d", "y", (), 10.0), Step("e", "x", (), 7.0)]
-    records = {name: Record((), seconds, False, {}) for name, seconds in [("a", 30.0), ("b", 80.0)]}
-    records["e"] = Record((), 0.1, True, {})
+    records = {name: Record((), seconds, 0.0, False, {}) for name, seconds in [("a", 30.0), ("b", 80.0)]}
+    records["e"] = Record((), 0.1, 0.1, True, {})
     left = study.running.estimate(steps, records)
     assert left == {"c": pytest.approx(50.0 * 5), "d": pytest.approx(10.0 * 110 / 25)}
     assert study.running.estimate(steps, {}) == {step.name: step.guess for step in steps}
@@ -157,7 +157,7 @@ def _saved(study, output, *, seeds=1, tasks=SMALL):
         seconds = {"train": 100.0, "draw": 20.0}.get(
             step.kind.split()[0], 30.0 if "members_3" in step.name else 10.0
         )
-        records[step.name] = study.running.Record(step.command, seconds, False, machine)
+        records[step.name] = study.running.Record(step.command, 0.5, seconds, False, machine)
         if step.name.startswith("results/"):
             _, seed, size, method, task = step.name.split("/")
             _write(output / step.name, method, int(seed[-1]), int(size[-1]), task.rpartition("_")[0], tasks)

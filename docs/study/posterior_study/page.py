@@ -66,6 +66,7 @@ def what_was_run(study: Study) -> str:
         return ""
     every, sizes = steps(study.sizes), study.sizes
     took = sum(record.seconds for record in study.records.values())
+    worked = sum(record.cost for record in study.records.values())
     left = estimate(every, study.records)
     machines = dict.fromkeys(
         ", ".join(f"{key} {value}" for key, value in record.machine.items())
@@ -78,7 +79,7 @@ def what_was_run(study: Study) -> str:
         f"* Documents: {documents}. Temperatures: {sizes.validation} documents of {IN_DOMAIN}'s validation split.",
         f"* Training: {sizes.training_steps} steps of four documents, {sizes.dtype}.",
         *(f"* Machine: {machine}." for machine in machines),
-        f"* Steps: {len(study.records)} of {len(every)}, {at_least}{in_words(took)}. "
+        f"* Steps: {len(study.records)} of {len(every)}, {at_least}{in_words(took)} by the clock, {in_words(worked)} of one core. "
         + (f"Left: about {in_words(sum(left.values()))}." if left else "Nothing is left."),
         "",
     ]
@@ -166,7 +167,7 @@ def scales(study: Study) -> str:
 
 
 def costs(study: Study) -> str:
-    """Return seconds of training, drawing and evaluation in multiples of MAP's, means over seeds."""
+    """Return the work of training, drawing and evaluation in multiples of MAP's, means over seeds."""
     text = []
     for members in dict.fromkeys(n for n, _ in study.sizes.columns()):
         rows = []
@@ -174,7 +175,7 @@ def costs(study: Study) -> str:
             shares: dict[str, list[float]] = {"training": [], "drawing": [], "evaluation": []}
             bound = dict.fromkeys(shares, "")
             for seed in study.seeds(members):
-                took, unit = study.seconds(members, name, seed), study.seconds(members, POINT, seed)
+                took, unit = study.cost(members, name, seed), study.cost(members, POINT, seed)
                 if took is None or unit is None:
                     continue
                 for part, (seconds, interrupted) in took.items():

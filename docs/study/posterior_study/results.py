@@ -179,8 +179,8 @@ class Study:
             self._judged[key] = self._each(both, of_one)
         return self._judged[key]
 
-    def seconds(self, members: int, name: str, seed: int) -> dict[str, tuple[float, bool]] | None:
-        """Return what a method took: seconds of training, drawing and evaluating, and whether each is a lower bound.
+    def cost(self, members: int, name: str, seed: int) -> dict[str, tuple[float, bool]] | None:
+        """Return what a method took: seconds of work for training, drawing and evaluating, and whether each is a bound.
 
         None while a step is missing. Evaluating is all tasks', each with lm-eval's start.
         """
@@ -196,7 +196,7 @@ class Study:
             return None
         return {
             part: (
-                sum(self.records[step].seconds for step in steps),
+                sum(self.records[step].cost for step in steps),
                 any(self.records[step].interrupted for step in steps),
             )
             for part, steps in parts.items()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import resource
 import shutil
 import statistics
 import subprocess
@@ -35,12 +36,14 @@ class Record:
     Attributes:
         command: with ``{output}`` for the folder, which may have moved.
         seconds: by the clock, start-up included; of the last attempt.
+        cost: seconds of all cores together, which others on the machine hardly change; on a GPU by the clock.
         interrupted: whether there was an attempt before, whose time is not counted.
         machine: processor, threads and versions.
     """
 
     command: tuple[str, ...]
     seconds: float
+    cost: float
     interrupted: bool
     machine: Mapping[str, Any]
 
@@ -129,6 +132,12 @@ def _processor() -> str:
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
+def _processor_seconds() -> float:
+    """Return what the processes that this one waited for have used."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def _path(output: Path, step: Step) -> Path:
     return output / "records" / f"{step.name}.json"
 
@@ -143,14 +152,15 @@ def _run(step: Step, output: Path) -> Record:
     if step.writes:
         shutil.rmtree(output / step.writes, ignore_errors=True)
     command = [word.replace("{output}", str(output)) for word in step.command]
-    began = time.perf_counter()
+    began, spent = time.perf_counter(), _processor_seconds()
     with log.open("a", encoding="utf-8") as lines:
         ended = subprocess.run([sys.executable, *command], stdout=lines, stderr=lines, check=False)
     seconds = time.perf_counter() - began
+    cost = seconds if torch.cuda.is_available() else _processor_seconds() - spent
     if ended.returncode:
         said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"]
         raise EnsembleError(f"{step.name} ended with status {ended.returncode}: {said[-1]}; its log is {log}")
-    record = Record(step.command, round(seconds, 1), interrupted, machine())
+    record = Record(step.command, round(seconds, 1), round(cost, 1), interrupted, machine())
     write_json(path, {**vars(record), "command": list(step.command)})
     attempt.unlink()
     return record
