@@ -79,7 +79,8 @@ def what_was_run(study: Study) -> str:
         f"* Documents: {documents}. Temperatures: {sizes.validation} documents of {IN_DOMAIN}'s validation split.",
         f"* Training: {sizes.training_steps} steps of four documents, {sizes.dtype}.",
         *(f"* Machine: {machine}." for machine in machines),
-        f"* Steps: {len(study.records)} of {len(every)}, {at_least}{in_words(took)} by the clock, {in_words(worked)} of one core. "
+        f"* Steps: {len(study.records)} of {len(every)}, {at_least}{in_words(took)} by the clock, "
+        + f"{in_words(worked)} of one core. "
         + (f"Left: about {in_words(sum(left.values()))}." if left else "Nothing is left."),
         "",
     ]
