@@ -13,8 +13,12 @@ from tiny_models import VOCABULARY, compute_in_float64, tiny, with_adapters
 from lm_eval_lora_ensemble.generation.answer import Trace
 from lm_eval_lora_ensemble.generation.decode import Decoder, NonFiniteLogitsError, Prompt
 from lm_eval_lora_ensemble.generation.plan import plan
+from lm_eval_lora_ensemble.generation.prompts import PromptReader
 from lm_eval_lora_ensemble.generation.settings import NextToken, Settings
 from lm_eval_lora_ensemble.generation.sides import Way, find_way, sides_of
+from lm_eval_lora_ensemble.scoring.forward import PackedModel, shared_layers
+from lm_eval_lora_ensemble.scoring.tuning import Tuning
+from lm_eval_lora_ensemble.tree.segments import Sizes
 
 END = tuple(range(0, VOCABULARY, 12))  # tokens that end a text, so many that some texts meet one
 MODULES = ["q_proj", "v_proj", "down_proj", "lm_head"]
@@ -42,9 +46,31 @@ def ensemble_of(monkeypatch):
     return make
 
 
-def decoder_of(model, names, way: Way, average="posterior") -> Decoder:
+def reader_of(model, names, attention="segments", budget=30) -> PromptReader:
+    """Reads in passes and pieces so small that a few short prompts go through every kind of both."""
+    tuning = Tuning(tokens=budget, masked_tokens=budget, logits=1 << 16, sizes=Sizes(6, 8, 4, 4))
+    return PromptReader(
+        PackedModel(model, tuning, shared_layers(model), attention),
+        lambda member: model.set_adapter(names[member]),
+        n_members=len(names),
+        token_budget=budget,
+    )
+
+
+def decoder_of(model, names, way: Way, average="posterior", **reading: Any) -> Decoder:
     sides = sides_of(model, names, lambda member: model.set_adapter(names[member]), way)
-    return Decoder(model, sides, average=average, end_tokens=END)
+    reader = reader_of(model, names, **reading) if way.share else None
+    return Decoder(model, sides, average=average, end_tokens=END, reader=reader)
+
+
+def way_of(model, names) -> Way:
+    return find_way(
+        model,
+        names,
+        lambda member: model.set_adapter(names[member]),
+        lambda way: decoder_of(model, names, way),
+        VOCABULARY,
+    )
 
 
 def decode_all(
@@ -129,24 +155,47 @@ def test_the_mixture_is_what_whole_passes_give(ensemble_of, architecture, averag
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 def test_padding_batches_order_and_beginnings_change_nothing(ensemble_of, architecture):
-    """On a Gemma 3 whose window is in reach nothing is shared; with texts that stay within it, everything is."""
+    """Beginnings are shared in reach of Gemma 3's window too."""
     model, names = ensemble_of(architecture)
-    prompts = random_prompts(6, 1, 8, common=20) + random_prompts(5, 1, 8)
-    side_by_side = decoder_of(model, names, Way(True, True))
-    assert side_by_side.can_share(60)
-    assert side_by_side.can_share(80) == (architecture == "llama")
-    batches = plan([tuple(p) for p in prompts], 4, share=True)
-    assert max(batch.shared for batch in batches) == 20
-    alone = decode_all(side_by_side, prompts, 1, 12, share=False)
+    prompts = random_prompts(4, 1, 9, common=20) + random_prompts(1, 66, 66) + random_prompts(3, 1, 8)
+    prompts += [prompts[0], prompts[1][:-1]]
+    way = Way(True, True)
+    masked = [(decoder_of(model, names, way, attention="masked", budget=1000), 4, True)]
+    assert max(batch.shared for batch in plan([tuple(p) for p in prompts], 4, share=True)) == 20
+    alone = decode_all(decoder_of(model, names, Way(True, False)), prompts, 1, 6, share=False)
     for decoder, size, share in [
-        (side_by_side, 4, True),
-        (side_by_side, 11, False),
+        (decoder_of(model, names, way), 4, True),
+        *(masked if architecture == "llama" else []),  # one mask has no window
+        (decoder_of(model, names, way, budget=1), 10, False),
+        (decoder_of(model, names, Way(True, False)), 5, False),
         (decoder_of(model, names, Way(False, True)), 4, True),
         (decoder_of(model, names, Way(False, False)), 5, False),
     ]:
-        assert_same(decode_all(decoder, prompts, size, 12, share=share), alone)
-        back = decode_all(decoder, prompts[::-1], size, 12, share=share)[::-1]
+        assert_same(decode_all(decoder, prompts, size, 6, share=share), alone)
+        back = decode_all(decoder, prompts[::-1], size, 6, share=share)[::-1]
         assert_same(back, alone)
+
+
+def test_layers_that_members_share_are_read_once(ensemble_of):
+    model, names = ensemble_of("llama", layers_to_transform=[1], target_modules=["q_proj", "down_proj"])
+    assert shared_layers(model) == 1
+    prompts = random_prompts(5, 1, 9, common=18)
+    ours = decode_all(decoder_of(model, names, Way(True, True)), prompts, 3, 6, share=True)
+    assert_same(ours, [reference(model, names, text, 6) for text in prompts])
+
+
+def test_a_beginning_is_read_once_for_all_batches(ensemble_of, monkeypatch):
+    model, names = ensemble_of("llama")
+    prompts = random_prompts(8, 3, 3, common=40)
+    read = []
+    right = PackedModel.hidden
+    monkeypatch.setattr(
+        PackedModel,
+        "hidden",
+        lambda self, stream, *a: (read.append(stream.input_ids.numel()), right(self, stream, *a))[1],
+    )
+    decode_all(decoder_of(model, names, Way(True, True)), prompts, 2, 2, share=True)
+    assert sum(read) == len(names) * (40 + 8 * 3)
 
 
 @pytest.mark.parametrize(
@@ -162,13 +211,7 @@ def test_padding_batches_order_and_beginnings_change_nothing(ensemble_of, archit
 )
 def test_members_run_side_by_side_where_their_layers_allow(ensemble_of, lora, stacked):
     model, names = ensemble_of("llama", **lora)
-    way = find_way(
-        model,
-        names,
-        lambda member: model.set_adapter(names[member]),
-        lambda sides: Decoder(model, sides, end_tokens=END),
-        VOCABULARY,
-    )
+    way = way_of(model, names)
     assert (way.stacked, way.share) == (stacked, True), way.reason
     prompts = random_prompts(4, 5, 9)
     ours = decode_all(decoder_of(model, names, way), prompts, 4, 6, share=False)
@@ -197,13 +240,7 @@ def test_a_trial_that_fails_lets_members_run_in_turn(ensemble_of, monkeypatch):
     model, names = ensemble_of("llama")
     right = stacked._Update.__call__
     monkeypatch.setattr(stacked._Update, "__call__", lambda self, x, *a, **k: right(self, x.flip(0), *a, **k))
-    way = find_way(
-        model,
-        names,
-        lambda member: model.set_adapter(names[member]),
-        lambda sides: Decoder(model, sides, end_tokens=END),
-        VOCABULARY,
-    )
+    way = way_of(model, names)
     assert not way.stacked
     assert "nats a token in a trial" in way.reason
     assert all("forward" not in vars(module) for module in model.modules() if isinstance(module, lora.Linear))
@@ -226,11 +263,11 @@ def test_draws_follow_the_mixture_exactly(ensemble_of):
     draws = np.random.default_rng(17)
     n = 4000
     traces = decode_all(
-        Decoder(model, sides_of(model, names, model.set_adapter, Way(True, True))),
+        Decoder(model, sides_of(model, names, model.set_adapter, Way(True, False))),
         [text] * n,
         500,
         2,
-        share=True,
+        share=False,
         settings=settings,
         draws=[lambda: float(draws.random())] * n,
     )

@@ -1,4 +1,4 @@
-"""Keys and values of a batch's rows: in place as they grow, shared where prompts begin alike, dropped when done."""
+"""Keys and values of a batch's rows: in place as they grow, dropped when done."""
 
 from __future__ import annotations
 
@@ -51,18 +51,17 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = (buffer[:, :, : self._length] for buffer in self._buffers)
 
 
-def new_cache(config: Any, longest: int) -> tuple[Any, bool]:
-    """Return an empty cache, and whether rows on a common beginning may be padded behind it.
+def new_cache(config: Any, longest: int) -> Any:
+    """Return an empty cache.
 
     Args:
         config: of the model.
         longest: so many tokens a row will have at most, padding included.
     """
     cache = DynamicCache(config=config)
-    if not all(_sees_all(layer, longest) for layer in cache.layers):
-        return cache, False
-    cache.layers = [GrowingLayer() for _ in cache.layers]
-    return cache, True
+    if all(_sees_all(layer, longest) for layer in cache.layers):
+        cache.layers = [GrowingLayer() for _ in cache.layers]
+    return cache
 
 
 def _sees_all(layer: Any, longest: int) -> bool:
@@ -70,15 +69,6 @@ def _sees_all(layer: Any, longest: int) -> bool:
     if type(layer) is DynamicSlidingWindowLayer:
         return longest < layer.sliding_window
     return type(layer) is DynamicLayer
-
-
-def copy_rows(prefix: Any, into: Any, repeats: int) -> None:
-    """Fill an empty cache with each row of ``prefix`` so many times, one after another."""
-    for ours, theirs in zip(into.layers, prefix.layers, strict=True):
-        if theirs.is_initialized:
-            ours.update(
-                theirs.keys.repeat_interleave(repeats, dim=0), theirs.values.repeat_interleave(repeats, dim=0)
-            )
 
 
 def keep_rows(cache: Any, rows: torch.Tensor) -> None:

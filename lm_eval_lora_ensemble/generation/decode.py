@@ -17,9 +17,10 @@ import numpy.typing as npt
 import torch
 
 from lm_eval_lora_ensemble.generation.answer import Ended, Trace
-from lm_eval_lora_ensemble.generation.cache import copy_rows, keep_rows, new_cache
+from lm_eval_lora_ensemble.generation.cache import keep_rows, new_cache
 from lm_eval_lora_ensemble.generation.measures import effective_members, token_measures
 from lm_eval_lora_ensemble.generation.mixture import GenerationAverage, log_mixture, log_weights
+from lm_eval_lora_ensemble.generation.prompts import PromptReader
 from lm_eval_lora_ensemble.generation.settings import NextToken
 
 
@@ -88,6 +89,7 @@ class Decoder:
         average: how members are weighted, see :mod:`.mixture`.
         pad_token: any token id.
         end_tokens: ids that end a text.
+        reader: reads the prompts, each distinct token once; without it they are read padded, side by side.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class Decoder:
         average: GenerationAverage = "posterior",
         pad_token: int = 0,
         end_tokens: Sequence[int] = (),
+        reader: PromptReader | None = None,
     ) -> None:
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._model = causal
@@ -111,11 +114,7 @@ class Decoder:
         self._cache_argument = "cache" if "cache" in taken else "past_key_values"
         self._takes_positions = "position_ids" in taken
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
-        self._shared: tuple[tuple[int, ...], list[Any]] = ((), [])
-
-    def can_share(self, longest: int) -> bool:
-        """Whether prompts of up to ``longest`` tokens, what they generate included, may share a beginning."""
-        return self._takes_positions and new_cache(self._model.config, longest)[1]
+        self._reader = reader
 
     def decode(
         self, prompts: Sequence[Prompt], shared: int, choose: NextToken, stops: Stops
@@ -124,7 +123,7 @@ class Decoder:
 
         Args:
             prompts: B prompts of at least one token.
-            shared: so many tokens that all begin with are computed once; 0 where :meth:`can_share` is false.
+            shared: so many tokens that all begin with are computed once for all calls, by a reader.
             choose: chooses the tokens.
             stops: whether what was generated ends here.
 
@@ -132,22 +131,17 @@ class Decoder:
             NonFiniteLogitsError: a member's logits are NaN or infinite.
         """
         rows = [_Row(i, prompt) for i, prompt in enumerate(prompts)]
-        longest = max(len(prompt.tokens) - shared for prompt in prompts)
-        room = shared + longest + max(prompt.max_new_tokens for prompt in prompts)
-        caches = self._begin(prompts, shared, room)
-        tokens = torch.full((len(rows), longest), self._pad)
-        is_text = torch.zeros(len(rows), longest, dtype=torch.long)
+        longest = max(len(prompt.tokens) for prompt in prompts)
+        room = longest + max(prompt.max_new_tokens for prompt in prompts)
+        caches = [new_cache(self._model.config, room) for _ in self._sides]
+        mask = torch.zeros(len(rows), longest, dtype=torch.long)
         for i, prompt in enumerate(prompts):
-            rest = torch.tensor(prompt.tokens[shared:])
-            tokens[i, longest - len(rest) :] = rest
-            is_text[i, longest - len(rest) :] = 1
-        tokens = tokens.to(self._device)
-        mask = torch.cat([is_text.new_ones(len(rows), shared), is_text], dim=1).to(self._device)
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, shared:]
-        scores = torch.zeros(sum(side.members for side in self._sides), len(rows), dtype=torch.float64)
-        scores = scores.to(self._device)
+            mask[i, longest - len(prompt.tokens) :] = 1
+        mask = mask.to(self._device)
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        log_probs = self._read(caches, prompts, shared, mask, positions)
+        scores = torch.zeros(len(log_probs), len(rows), dtype=torch.float64, device=self._device)
         while True:
-            log_probs = self._forward(caches, tokens, mask, positions)
             weights = log_weights(scores, self._average)
             mixture = log_mixture(log_probs, weights)
             self._refuse_nonfinite(log_probs, mixture, rows)
@@ -180,6 +174,7 @@ class Decoder:
                 tokens, mask, positions, scores = tokens[keep], mask[keep], positions[keep], scores[:, keep]
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
             positions = positions[:, -1:] + 1
+            log_probs = self._forward(caches, tokens, mask, positions)
 
     def _note(
         self,
@@ -205,22 +200,30 @@ class Decoder:
             return "stop_string"
         return "length" if len(row.tokens) >= row.prompt.max_new_tokens else None
 
-    def _begin(self, prompts: Sequence[Prompt], shared: int, room: int) -> list[Any]:
-        """Return each side's cache, filled with what the prompts share."""
-        caches = [new_cache(self._model.config, room)[0] for _ in self._sides]
-        if not shared:
-            return caches
-        beginning = tuple(prompts[0].tokens[:shared])
-        if self._shared[0] != beginning:
-            kept = [new_cache(self._model.config, room)[0] for _ in self._sides]
-            tokens = torch.tensor([beginning], device=self._device)
-            self._forward(
-                kept, tokens, torch.ones_like(tokens), torch.arange(shared, device=self._device)[None]
-            )
-            self._shared = (beginning, kept)
-        for cache, kept_cache in zip(caches, self._shared[1], strict=True):
-            copy_rows(kept_cache, cache, len(prompts))
-        return caches
+    def _read(
+        self,
+        caches: Sequence[Any],
+        prompts: Sequence[Prompt],
+        shared: int,
+        mask: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> torch.Tensor:
+        """Fill the caches with the prompts; return every member's next-token log-probabilities [N, B, V]."""
+        if self._reader is None:
+            tokens = torch.full_like(mask, self._pad)
+            for row, prompt in zip(tokens, prompts, strict=True):
+                row[len(row) - len(prompt.tokens) :] = torch.tensor(prompt.tokens)
+            return self._forward(caches, tokens, mask, positions)
+        log_probs, key_values = self._reader.read([prompt.tokens for prompt in prompts], shared)
+        for side, cache in zip(self._sides, caches, strict=True):
+            of_side, key_values = key_values[: side.members], key_values[side.members :]
+            for layer in sorted(of_side[0]):
+                # one layer at a time, so that what was read and what is cached are never both there whole
+                keys, values = map(
+                    torch.cat, zip(*(of_member.pop(layer) for of_member in of_side), strict=True)
+                )
+                cache.update(keys, values, layer)
+        return log_probs.to(self._device)
 
     def _forward(
         self, caches: Sequence[Any], tokens: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor

@@ -17,13 +17,14 @@ from lm_eval_lora_ensemble.generation.settings import NextToken, Settings
 from lm_eval_lora_ensemble.generation.stacked import stacked, why_not_stacked
 from lm_eval_lora_ensemble.tree.trial import in_float32
 
+TRIAL_TOKENS = 20
+"""No text of the trial is longer."""
+
 # nats a token, as for tree rows: two orders of the same float32 operations differ by less than 1e-5 on short texts
 _TOLERANCE = 1e-3
 # in half precision: so many times as far from a float32 pass as a member alone is, root mean square over the tokens
 _HALF_FACTOR = 2.0
 _HALF_LEAST = 1e-4
-
-MakeDecoder = Callable[[Sequence[Side]], Decoder]
 
 
 class Way(NamedTuple):
@@ -31,13 +32,16 @@ class Way(NamedTuple):
 
     Attributes:
         stacked: side by side, or in turn.
-        share: whether what prompts begin with alike may be computed once.
+        share: whether prompts are read by the scoring engine, what they share once.
         reason: why it is not the fastest way; empty if it is.
     """
 
     stacked: bool
     share: bool
     reason: str = ""
+
+
+MakeDecoder = Callable[[Way], Decoder]
 
 
 def sides_of(model: Any, names: Sequence[str], activate: Callable[[int], None], way: Way) -> list[Side]:
@@ -55,7 +59,13 @@ def sides_of(model: Any, names: Sequence[str], activate: Callable[[int], None], 
 
 
 def find_way(
-    model: Any, names: Sequence[str], activate: Callable[[int], None], make: MakeDecoder, vocabulary: int
+    model: Any,
+    names: Sequence[str],
+    activate: Callable[[int], None],
+    make: MakeDecoder,
+    vocabulary: int,
+    *,
+    share: bool = True,
 ) -> Way:
     """Return the fastest way that gives what each member gives alone, on a few short texts.
 
@@ -63,19 +73,18 @@ def find_way(
         model: wrapped by PEFT, or the base model alone.
         names: PEFT's names of the members.
         activate: makes the model answer as the member of that number.
-        make: a decoder of these sides.
+        make: a decoder that runs this way.
         vocabulary: number of tokens V.
+        share: whether the scoring engine has this model.
     """
     why_not = why_not_stacked(model, names) if len(names) > 1 else "there is one member"
     fast = Way(stacked=why_not is None, share=True, reason=why_not or "")
     ways = [fast, fast._replace(share=False), Way(stacked=False, share=True), Way(stacked=False, share=False)]
     reason = fast.reason
-    for way in dict.fromkeys(ways):
+    for way in dict.fromkeys(way for way in ways if share or not way.share):
         if not way.stacked and not way.share:
             break
-        failed = _trial(
-            model, max(1, len(names)), activate, make(sides_of(model, names, activate, way)), way, vocabulary
-        )
+        failed = _trial(model, max(1, len(names)), activate, make(way), way, vocabulary)
         if failed is None:
             return way._replace(reason=reason)
         reason = failed
@@ -89,7 +98,7 @@ def _trial(
     draw = np.random.default_rng(0).integers(0, vocabulary, size=(4, 6)).tolist()
     beginning, *rests = draw
     texts = [[*beginning, *rest[: 6 - 2 * i]] for i, rest in enumerate(rests)]
-    shared = len(beginning) if way.share and decoder.can_share(20) else 0
+    shared = len(beginning) if way.share else 0
     prompts = [Prompt(text, 3, lambda: 0.0) for text in texts]
     greedy = NextToken(Settings(min_new_tokens=3), sorted(decoder.end_tokens))  # whatever the model would say
     try:

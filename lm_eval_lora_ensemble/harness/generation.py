@@ -18,10 +18,11 @@ from tqdm import tqdm
 
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.generation.answer import EnsembleText, Trace
-from lm_eval_lora_ensemble.generation.decode import Decoder, NonFiniteLogitsError, Prompt, Side
+from lm_eval_lora_ensemble.generation.decode import Decoder, NonFiniteLogitsError, Prompt
 from lm_eval_lora_ensemble.generation.plan import Batch, plan
+from lm_eval_lora_ensemble.generation.prompts import PromptReader
 from lm_eval_lora_ensemble.generation.settings import NextToken, Settings
-from lm_eval_lora_ensemble.generation.sides import Way, find_way, sides_of
+from lm_eval_lora_ensemble.generation.sides import TRIAL_TOKENS, Way, find_way, sides_of
 from lm_eval_lora_ensemble.generation.stopping import StopStrings, kept_part
 from lm_eval_lora_ensemble.scoring.finite import NonFiniteScoreError, refuse_nonfinite_score
 
@@ -71,7 +72,6 @@ class TextGenerator:
         if not requests:
             return []
         with lm._autocast(), torch.inference_mode():
-            decoder = self._decoder(self._way())
             draws = _draws(requests)
             texts: list[EnsembleText | None] = [None] * len(requests)
             bar = tqdm(
@@ -88,16 +88,12 @@ class TextGenerator:
             with bar:
                 for group in groups.get_batched(n=0):
                     indices = [i for *_, i in group]
-                    for i, text in self._group(
-                        decoder, [requests[i] for i in indices], [draws[i] for i in indices]
-                    ):
+                    for i, text in self._group([requests[i] for i in indices], [draws[i] for i in indices]):
                         texts[indices[i]] = text
                         bar.update()
         return [text for text in texts if text is not None]
 
-    def _group(
-        self, decoder: Decoder, requests: Sequence[Instance], draws: Sequence[Callable[[], float]]
-    ) -> Any:
+    def _group(self, requests: Sequence[Instance], draws: Sequence[Callable[[], float]]) -> Any:
         """Yield (index, text) of requests that share their generation arguments."""
         lm = self._lm
         arguments = self._arguments(requests[0].args[1])
@@ -111,9 +107,12 @@ class TextGenerator:
             lm.tokenizer.decode,
         )
         longest = max(len(prompt.tokens) + prompt.max_new_tokens for prompt in prompts)
-        # a row may be padded to the longest prompt behind the beginning that it shares
-        share = self._way().share and decoder.can_share(2 * longest)
-        for batch in plan([prompt.tokens for prompt in prompts], self._batch_size(), share=share):
+        way = self._way()
+        reader = self._reader(longest) if way.share else None
+        decoder = self._decoder(way, reader)
+        for batch in plan(
+            [prompt.tokens for prompt in prompts], self._batch_size(), share=reader is not None
+        ):
             yield from self._batch(decoder, requests, prompts, batch, arguments, choose, stops)
 
     def _batch(
@@ -191,17 +190,25 @@ class TextGenerator:
             self._detected = max(1, lm._detect_batch_size() // lm.n_members)
         return self._detected
 
-    def _decoder(self, way: Way) -> Decoder:
-        return self._make(sides_of(self._lm.model, self._names, self._lm._activate, way))
-
-    def _make(self, sides: Sequence[Side]) -> Decoder:
+    def _decoder(self, way: Way, reader: PromptReader | None) -> Decoder:
         lm = self._lm
         return Decoder(
             lm.model,
-            sides,
+            sides_of(lm.model, self._names, lm._activate, way),
             average=lm.generation_average,
             pad_token=lm.tokenizer.pad_token_id or 0,
             end_tokens=self._end_tokens,
+            reader=reader,
+        )
+
+    def _reader(self, longest: int) -> PromptReader | None:
+        """Return what reads prompts of texts of up to ``longest`` tokens; None where the scoring engine cannot."""
+        lm = self._lm
+        packed = lm._packed_models.choose(longest)
+        if isinstance(packed, str):
+            return None
+        return PromptReader(
+            packed, lm._activate, n_members=lm.n_members, token_budget=packed.tokens_of_a_pass
         )
 
     def _way(self) -> Way:
@@ -210,12 +217,14 @@ class TextGenerator:
         key = lm.ensemble.fingerprint
         known: tuple[str, Way] | None = getattr(lm, "_generation_way", None)
         if known is None or known[0] != key:
+            reader = self._reader(TRIAL_TOKENS)
             way = find_way(
                 lm.model,
                 self._names,
                 lm._activate,
-                self._make,
+                lambda way: self._decoder(way, reader if way.share else None),
                 self._causal.get_input_embeddings().num_embeddings,
+                share=reader is not None,
             )
             if lm.n_members > 1 and not way.stacked:
                 logger.warning("members generate one after another, which is slower: %s", way.reason)

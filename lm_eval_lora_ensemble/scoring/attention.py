@@ -111,7 +111,8 @@ class SegmentAttention:
         plan = self.plan(sliding_window)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         output = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
-        sums = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device) if plan.above else None
+        wide = torch.promote_types(query.dtype, torch.float32)
+        sums = torch.empty(query.shape[:3], dtype=wide, device=query.device) if plan.above else None
         for piece in plan.own:
             here = slice(piece.first - self.prefix, piece.last - self.prefix)
             part, part_sums = self._attend(piece, query, key, value, scale, sliding_window)
@@ -153,8 +154,10 @@ class SegmentAttention:
         name = (piece, window, like.device, like.dtype)
         if name not in self._placed:
             allowed = torch.from_numpy(visible(self.row, piece, window))
-            mask = torch.zeros(allowed.shape).masked_fill_(~allowed, torch.finfo(like.dtype).min)
-            self._placed[name] = mask.to(like.device, like.dtype)[None, None]
+            mask = torch.zeros(allowed.shape, dtype=like.dtype).masked_fill_(
+                ~allowed, torch.finfo(like.dtype).min
+            )
+            self._placed[name] = mask.to(like.device)[None, None]
         return self._placed[name]
 
 
@@ -228,13 +231,14 @@ def attend_by_products(
     (_, heads, n_queries, _), key_heads = query.shape, key.shape[1]
     # the heads that share a key head are one longer list of queries
     grouped = query.reshape(1, key_heads, -1, query.shape[-1])
-    scores = (grouped @ key.transpose(-1, -2)).float().mul_(scale)
+    scores = grouped @ key.transpose(-1, -2)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).mul_(scale)
     scores = scores.view(1, heads, n_queries, -1)
     if mask is not None:
         scores += mask
     if causal:
         hidden = torch.ones(n_queries, n_queries, dtype=torch.bool, device=query.device).triu_(1)
-        scores = scores.masked_fill_(hidden, torch.finfo(torch.float32).min)
+        scores = scores.masked_fill_(hidden, torch.finfo(scores.dtype).min)
     sums = scores.logsumexp(-1)
     weights = (scores - sums[..., None]).exp_().to(value.dtype)
     output = weights.view(1, key_heads, -1, key.shape[2]) @ value
@@ -243,8 +247,9 @@ def attend_by_products(
 
 def _join(output: torch.Tensor, sums: torch.Tensor, part: torch.Tensor, part_sums: torch.Tensor) -> None:
     """Add a part's keys to an output [1, heads, Q, d] and its log-sum-exps [1, heads, Q], in place."""
+    part_sums = part_sums.to(sums.dtype)
     both = torch.logaddexp(sums, part_sums)
     share = (part_sums - both).exp_()[..., None]
-    # o + (p − o) · share, in float32: shares of one key set and of the other add up to one
-    output.copy_(torch.lerp(output.float(), part.float(), share))
+    # o + (p − o) · share, in float32 at least: shares of one key set and of the other add up to one
+    output.copy_(torch.lerp(output.to(share.dtype), part.to(share.dtype), share))
     sums.copy_(both)

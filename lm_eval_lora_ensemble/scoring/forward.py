@@ -110,6 +110,11 @@ class PackedModel:
         # the sliding windows that the model has told its attention of, as far as passes have run
         self.windows: set[int] = set()
 
+    @property
+    def tokens_of_a_pass(self) -> int:
+        """How many tokens a pass holds if nobody says otherwise."""
+        return self.tuning.masked_tokens if self.attention == "masked" else self.tuning.tokens
+
     def shared_hidden(self, stream: Stream, prefix: KeyValues) -> tuple[torch.Tensor | None, KeyValues]:
         """Run the layers that all members share; None if there are none.
 
