@@ -9,11 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from conftest import PROJECT, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig
+
+from lm_eval_lora_ensemble.precision import has_fast_bfloat16
 
 BENCHMARKS = PROJECT / "benchmarks"
 SCORING = ["--shape", "tiny", "--random-weights", "--synthetic", "hellaswag:4", "--dtype", "float32"]
@@ -207,3 +210,31 @@ def test_where_the_time_goes_and_what_half_precision_costs(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(result.read_text())
     assert found["requests"] == 16 and 0 < found["ours_mean"] < 2 * found["hf_mean"]
+
+
+def why_not_at_mistrals_size() -> str:
+    """Return what this machine lacks for seven billion weights; empty if nothing."""
+    free = psutil.virtual_memory().available / 2**30
+    if free < 16:
+        return f"needs 16 GiB of free memory for Mistral-7B's shape in bfloat16, not {free:.0f}"
+    return (
+        "" if has_fast_bfloat16("cpu") else "needs a processor that multiplies bfloat16 (AMX or AVX512-BF16)"
+    )
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_three_members_of_mistrals_size_need_the_memory_of_one(tmp_path):
+    """Random weights in Mistral-7B's shape: the engine at the size it is made for, adapters and all."""
+    if why := why_not_at_mistrals_size():
+        pytest.skip(why)
+    tiny_tokenizer(tmp_path / "tokenizer")
+    words = [sys.executable, str(BENCHMARKS / "scoring.py"), "--shape", "mistral-7b", "--random-weights"]
+    words += ["--synthetic", "hellaswag:2", "--dtype", "bfloat16", "--members", "3"]
+    words += ["--tokenizer", str(tmp_path / "tokenizer")]
+    peaks = {}
+    for engine in ("hf", "ours"):
+        done = subprocess.run([*words, "--only", engine], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        peaks[engine] = float(done.stdout.split()[-1])
+    assert peaks["hf"] > 13 and peaks["ours"] < 1.1 * peaks["hf"]
