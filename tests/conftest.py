@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import signal
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -95,6 +97,17 @@ def random_adapters(base: Path, folder: Path, n_members: int, *, spread: float =
                     parameter.normal_(std=spread)
         adapted.save_pretrained(folder / f"member_{member:02d}")
     return folder
+
+
+@pytest.fixture
+def docs_module(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Import a module of docs/, whose scripts are no package that anybody installs."""
+
+    def load(name: str) -> ModuleType:
+        monkeypatch.syspath_prepend(PROJECT / "docs")
+        return importlib.import_module(name)
+
+    return load
 
 
 @pytest.fixture(scope="session")

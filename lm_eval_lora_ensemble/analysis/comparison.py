@@ -36,6 +36,14 @@ class Comparison:
 def compare(a: Run, b: Run, settings: Settings | None = None) -> dict[str, Comparison]:
     """Compare two runs on the tasks and groups both have.
 
+    Args:
+        a: of any model.
+        b: of any other, on the same documents.
+        settings: bins, resamples, seed, level.
+
+    Returns:
+        A comparison by task or group; differences are ``a`` minus ``b``.
+
     Raises:
         EnsembleError: no task in common, or a task with other documents in one run than in the other.
 

@@ -51,7 +51,7 @@ def evaluate(
     """Compute the whole battery for every task and group of a run.
 
     Args:
-        run: from :func:`~lm_eval_lora_ensemble.analysis.runs.load_samples`.
+        run: from :func:`~lm_eval_lora_ensemble.analysis.runs.load_runs`.
         ood: tasks or groups that are out-of-domain; every other top-level task is in-domain to them.
         calibrate: the task or group to fit temperatures on; they are applied to every other top-level task.
         settings: bins, resamples, seed, level, alpha.

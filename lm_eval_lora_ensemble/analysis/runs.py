@@ -259,7 +259,17 @@ def load_samples(path: Path | str) -> Run:
 
 
 def load_runs(path: Path | str) -> list[Run]:
-    """Read every run below ``path``, oldest first; arguments and errors as :func:`load_samples`.
+    """Read every run below ``path``, oldest first.
+
+    Args:
+        path: lm-eval's output folder, searched with its sub-folders; a ``results_*.json`` for all tasks of one run;
+            or a ``samples_*.jsonl`` for one task.
+
+    Returns:
+        The runs, at least one. What is in no run's ``tasks`` is in its ``skipped``, with the reason.
+
+    Raises:
+        EnsembleError: nothing there, or a file that cannot be trusted.
 
     Example:
         >>> from lm_eval_lora_ensemble import load_runs

@@ -52,7 +52,7 @@ def draw(method: str, adapters: str | Path, **settings: Any) -> Path:
     Args:
         method: its name.
         adapters: the source: an ensemble folder, one adapter folder, a Hub id, or a training run with kept snapshots.
-        settings: ``draws``, ``seed``, ``output`` (default ``drawn``), ``member`` …, and the method's own options.
+        **settings: ``draws``, ``seed``, ``output`` (default ``drawn``), ``member`` …, and the method's own options.
 
     Returns:
         The folder. What is finished in it already is kept.
