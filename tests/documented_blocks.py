@@ -114,7 +114,7 @@ def commands(script: str) -> list[list[str]]:
 
 
 def _plain(words: list[str]) -> list[str]:
-    """Drop what stands before a command: ``do``, and settings of variables for it alone; a loop's head is no command."""
+    """Drop what stands before a command: ``do``, and variables that are set for it. A loop's head is no command."""
     while words and (words[0] in _KEYWORDS - {"for"} or re.match(r"\w+=", words[0])):
         words = words[1:]
     return [] if words[:1] == ["for"] else words

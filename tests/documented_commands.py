@@ -1,7 +1,7 @@
 """Commands of the documentation held against the programs' own parsers, without running anything.
 
-Words in capitals (TASK, FOLDER) stand for what a reader puts there and are not looked up; a variable of the shell stands
-for a number.
+Words in capitals (TASK, FOLDER) stand for what a reader puts there and are not looked up. A variable of the shell
+stands for a number.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _VARIABLE = re.compile(r"\$\{[^}]*\}|\$\w+")
 _HANDED_ON = {"attn_implementation"}
 
 
-class Wrong(AssertionError):
+class WrongCommandError(AssertionError):
     """A command that its program would not take, or that no check here knows."""
 
 
@@ -49,23 +49,25 @@ def check(words: list[str], own_files: Iterable[str] = ()) -> None:
         own_files: names of files that the page itself holds.
 
     Raises:
-        Wrong: what is wrong.
+        WrongCommandError: what is wrong.
     """
     words = [_VARIABLE.sub("1", word) for word in words]
     program = Path(words[0]).name
     if program not in _CHECKS:
-        raise Wrong(f"no check knows the program {words[0]}; add one to tests/documented_commands.py")
+        raise WrongCommandError(
+            f"no check knows the program {words[0]}; add one to tests/documented_commands.py"
+        )
     try:
         _CHECKS[program](words[1:], set(own_files))
     except EnsembleError as error:
-        raise Wrong(str(error)) from error
+        raise WrongCommandError(str(error)) from error
 
 
 def _parse(parser: Any, words: list[str], said: str) -> Any:
     """Parse as the program does, but raise instead of exiting."""
 
     def error(message: str) -> None:
-        raise Wrong(f"{said}: {message}")
+        raise WrongCommandError(f"{said}: {message}")
 
     todo = [parser]
     while todo:
@@ -89,7 +91,7 @@ def _check_tasks(names: Iterable[str], include_path: str | None = None) -> None:
     for name in names:
         given = name and not name.isdigit() and not _PLACEHOLDER.fullmatch(name)
         if given and not _tasks().match_tasks([name]):
-            raise Wrong(f"lm-eval has no task {name}")
+            raise WrongCommandError(f"lm-eval has no task {name}")
 
 
 def _check_model_args(given: dict[str, Any], model: str = "lora-ensemble") -> None:
@@ -98,20 +100,20 @@ def _check_model_args(given: dict[str, Any], model: str = "lora-ensemble") -> No
         known |= {*inspect.signature(LoraEnsembleLM.__init__).parameters, *ARGUMENTS}
         known -= {"peft", "delta"}  # refused
     if unknown := given.keys() - (known - {"self", "kwargs"}):
-        raise Wrong(f"the model has no argument {', '.join(unknown)}")
+        raise WrongCommandError(f"the model has no argument {', '.join(unknown)}")
 
 
 def _lora_ensemble(words: list[str], own_files: set[str]) -> None:
     verb = next((word for word in words if word in cli.VERBS), None)
     if verb is None:
-        raise Wrong(f"lora-ensemble has no verb {' '.join(words[:1])}")
+        raise WrongCommandError(f"lora-ensemble has no verb {' '.join(words[:1])}")
     arguments = _parse(cli._parser(verb), words, f"lora-ensemble {verb}")
     asked = vars(arguments)
     if verb == "train":
         bundled = {path.stem for path in recipes_folder().glob("*.yaml")}
         own = arguments.recipe if arguments.recipe in bundled else "smollm2_arc_easy"
         if own != arguments.recipe and not arguments.recipe.endswith(".yaml"):
-            raise Wrong(f"no bundled recipe {arguments.recipe}")
+            raise WrongCommandError(f"no bundled recipe {arguments.recipe}")
         _check_tasks(Recipe.load(own, arguments.overrides).task)
     if verb == "draw" and not _PLACEHOLDER.fullmatch(arguments.method):
         if arguments.method not in METHODS and own_files:
@@ -133,7 +135,7 @@ def _lm_eval(words: list[str], own_files: set[str]) -> None:
     if words[0] != "run":
         return
     if arguments.model not in ("lora-ensemble", "hf", "dummy"):
-        raise Wrong(f"lm_eval run: a model of no page: {arguments.model}")
+        raise WrongCommandError(f"lm_eval run: a model of no page: {arguments.model}")
     _check_tasks(arguments.tasks or (), arguments.include_path)
     if arguments.model != "dummy":
         _check_model_args(arguments.model_args or {}, arguments.model)
@@ -141,7 +143,7 @@ def _lm_eval(words: list[str], own_files: set[str]) -> None:
 
 def _accelerate(words: list[str], own_files: set[str]) -> None:
     if words[:1] != ["launch"]:
-        raise Wrong(f"accelerate {' '.join(words[:1])}: only launch is checked")
+        raise WrongCommandError(f"accelerate {' '.join(words[:1])}: only launch is checked")
     launched = _parse(launch_command_parser(), words[1:], "accelerate launch")
     script, rest = launched.training_script, launched.training_script_args
     if launched.module:
@@ -160,11 +162,11 @@ def _python(words: list[str], own_files: set[str]) -> None:
         elif module == "lm_eval_lora_ensemble.cli":
             _lora_ensemble(rest, own_files)
         elif importlib.util.find_spec(module) is None:
-            raise Wrong(f"there is no module {module}")
+            raise WrongCommandError(f"there is no module {module}")
         return
     script = words[0] if words else ""
-    if script not in own_files and not (PROJECT / script).is_file():
-        raise Wrong(f"python {script}: there is no such file in the checkout or on the page")
+    if script != "-c" and script not in own_files and not (PROJECT / script).is_file():
+        raise WrongCommandError(f"python {script}: there is no such file in the checkout or on the page")
 
 
 def _slurm(words: list[str], own_files: set[str]) -> None:
@@ -172,29 +174,38 @@ def _slurm(words: list[str], own_files: set[str]) -> None:
     while rest and rest[0].startswith("-"):
         rest = rest[1:]
     if not rest:
-        raise Wrong("srun without a command")
+        raise WrongCommandError("srun without a command")
     check(rest, own_files)
 
 
 def _sbatch(words: list[str], own_files: set[str]) -> None:
     if words[-1] not in own_files:
-        raise Wrong(f"sbatch {words[-1]}: the page does not hold it")
+        raise WrongCommandError(f"sbatch {words[-1]}: the page does not hold it")
 
 
 def _make(words: list[str], own_files: set[str]) -> None:
     targets = set(re.findall(r"^([\w-]+):", (PROJECT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     if missing := [word for word in words if word not in targets]:
-        raise Wrong(f"the Makefile has no target {', '.join(missing)}")
-
-
-def _checkout_script(words: list[str], own_files: set[str]) -> None:
-    """Take a script of the checkout; that it is there has been seen by its name."""
+        raise WrongCommandError(f"the Makefile has no target {', '.join(missing)}")
 
 
 def _anything(words: list[str], own_files: set[str]) -> None:
     """Take what other people's programs say; they have no parser that could be asked here."""
 
 
+_OTHERS = (
+    "cd",
+    "export",
+    "git",
+    "hf",
+    "mkdir",
+    "pip",
+    "pip-audit",
+    "pre-commit",
+    "source",
+    "torchrun",
+    "wandb",
+)
 _CHECKS: dict[str, Callable[[list[str], set[str]], None]] = {
     "accelerate": _accelerate,
     "lm_eval": _lm_eval,
@@ -204,7 +215,6 @@ _CHECKS: dict[str, Callable[[list[str], set[str]], None]] = {
     "python3": _python,
     "sbatch": _sbatch,
     "srun": _slurm,
-    "torchrun": _anything,
-    **dict.fromkeys(("cd", "export", "git", "hf", "mkdir", "pip", "pip-audit", "pre-commit", "source", "wandb"), _anything),
-    **{path.name: _checkout_script for path in (PROJECT / "docs").rglob("*.sh")},
+    **dict.fromkeys(_OTHERS, _anything),
+    **{path.name: _anything for path in (PROJECT / "docs").rglob("*.sh")},
 }

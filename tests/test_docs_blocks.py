@@ -1,4 +1,4 @@
-"""Every block of README.md, CONTRIBUTING.md and docs/ is run, or marked with a reason; commands obey their programs' parsers."""
+"""Every block of README.md, CONTRIBUTING.md and docs/ is run, or marked with a reason; every command is checked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import test_extend
 import yaml
 from conftest import PROJECT, tiny_model
 from documented_blocks import INDENTED, LANGUAGES, Block, blocks, commands, pages
-from documented_commands import Wrong, check
+from documented_commands import WrongCommandError, check
 from documented_place import Reader, make_place
 from lm_eval.tasks._index import TaskIndex
 
@@ -34,7 +34,7 @@ def own_files(page: list[Block]) -> set[str]:
 
 
 def is_script(block: Block) -> bool:
-    """Whether a block has commands; on a page that is not converted, fences that begin with one of our commands have."""
+    """Whether a block has commands; on a page that is not converted, one that begins with a command of ours has."""
     first = block.text.lstrip().split(" ", 1)[0]
     unconverted = block.page in NOT_YET and not block.language
     return block.language == "bash" or (
@@ -77,7 +77,7 @@ def test_commands_are_what_their_programs_take(page):
         for words in commands(block.text):
             try:
                 check(words, own_files(found))
-            except Wrong as wrong:
+            except WrongCommandError as wrong:  # noqa: PERF203 - which block is what the reader wants to know
                 pytest.fail(f"{block.place}: {' '.join(words)}: {wrong}")
 
 
@@ -95,7 +95,7 @@ def test_files_are_well_formed(page):
 
 @pytest.fixture(scope="module", autouse=True)
 def one_index():
-    """Reading lm-eval's thousands of YAML files takes seconds, and every command does it: here once for each set of folders."""
+    """Every command reads lm-eval's thousands of YAML files, which takes seconds: here once for each set of folders."""
     known, build = {}, TaskIndex.build
 
     def build_once(paths, **options):
@@ -111,7 +111,7 @@ def one_index():
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory) -> Path:
-    """What a reader has before any page: an ensemble with kept epochs and snapshots, an adapter, benchmarks."""
+    """What a reader has before any page: benchmarks, an ensemble with epochs and snapshots, an adapter, two runs."""
     home = tmp_path_factory.mktemp("docs")
     folder = home / "place"
     folder.mkdir()
@@ -128,12 +128,21 @@ def template(tmp_path_factory) -> Path:
         for file in ("adapter_config.json", "adapter_model.safetensors"):
             shutil.copy(ensemble / name / file, folder / "my_adapters" / name / file)
     shutil.copytree(folder / "my_adapters" / "member_00", folder / "my_adapter")
+    with pytest.MonkeyPatch.context() as patch:
+        reader = Reader(folder, patch)
+        for adapters in ("ensemble", "my_adapter"):
+            command = (
+                f"lm_eval --model lora-ensemble --model_args adapters={adapters} --tasks arc_easy,hellaswag"
+            )
+            reader.commands(commands(f"{command} --limit 100 --log_samples --output_path results"), command)
     return folder
 
 
 def walk(page: str, template: Path, folder: Path, patch: pytest.MonkeyPatch, *, long: bool) -> dict[str, str]:
     """Run a page's blocks in order, the long ones too if ``long``; return what each printed, by its place."""
     shutil.copytree(template, folder, symlinks=True)
+    if "--output_path results\n" in (PROJECT / page).read_text(encoding="utf-8"):
+        shutil.rmtree(folder / "results")  # the page makes its own
     reader, printed = Reader(folder, patch), {}
     for block in blocks(page):
         if block.file:
@@ -234,7 +243,7 @@ def test_blocks_are_read_with_mark_language_file_and_line(tmp_path):
     ],
 )
 def test_a_wrong_command_is_seen(command, said):
-    with pytest.raises(Wrong, match=re.escape(said)):
+    with pytest.raises(WrongCommandError, match=re.escape(said)):
         check(*commands(command))
 
 
