@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 
 PAGE = (PROJECT / "docs" / "extend.md").read_text(encoding="utf-8")
 FILES = re.findall(r"`([\w.]+)`[^\n`]*:\n\n```\w+\n(.*?)```", PAGE, re.DOTALL)
-COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
+COMMANDS = [
+    line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()
+]
 
 
 @pytest.fixture(scope="module")

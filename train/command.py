@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder = train_members(recipe, arguments.member)
     if (folder / MANIFEST).is_file():
         tasks = ",".join(recipe.task)
-        print(f"Trained {recipe.members} members in {folder}")
+        print(f"Trained {recipe.members} member{'s' if recipe.members > 1 else ''} in {folder}")
         print(f"Evaluate: lm_eval --model lora-ensemble --model_args adapters={folder} --tasks {tasks}")
     else:
         print(f"Trained this process's members in {folder}; others are still to come")

@@ -24,7 +24,9 @@ in one line. [training.md](training.md) says how a run goes; `train/recipes/` sh
 
 For completion and checks while typing, let an editor with a YAML language server know the schema:
 
-    # yaml-language-server: $schema=PATH/TO/train/recipe.schema.json
+```yaml
+# yaml-language-server: $schema=PATH/TO/train/recipe.schema.json
+```
 
 Keys marked ° say how a run is carried out, not what it computes: they may change when a run goes on."""
 
