@@ -89,7 +89,8 @@ def _of_board(result: RunResults, board: Board, shared: Mapping[str, Any]) -> It
     about = _dataset(result, board.task, board.tasks, row.cells["nll"].n)
     for metric in COLUMNS:
         cell = row.cells[metric]
-        arguments = {**_limits_of(cell), **shared, "unit": cell.unit}
+        resampled = "tasks" if len(board.tasks) > 1 else "documents"
+        arguments = {**_limits_of(cell), "resampled": resampled, **shared, "unit": cell.unit}
         if mean is not None and 0 in board.gains:
             gain = board.gains[0][metric]
             arguments |= {
@@ -143,7 +144,7 @@ def _entry(
         **about,
         metric_type=_HUB_METRICS.get(metric, metric),
         metric_name=COLUMNS.get(metric, metric),
-        metric_value=round(value, _DIGITS),
+        metric_value=_number(value),
         metric_args={"task": about["dataset_args"]["task"], **known},
     )
 
@@ -170,7 +171,8 @@ def _limits_of(cell: Cell) -> dict[str, Any]:
 
 
 def _number(value: float) -> float | None:
-    return round(value, _DIGITS) if math.isfinite(value) else None
+    # adding 0 turns a −0 left by rounding into 0
+    return round(value, _DIGITS) + 0.0 if math.isfinite(value) else None
 
 
 def _text(value: Any) -> str | None:

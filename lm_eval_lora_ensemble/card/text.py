@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -76,10 +77,10 @@ def member_text(subject: Subject, index: int) -> str:
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM",
         "",
-        f"base = AutoModelForCausalLM.from_pretrained({load!r})",
-        f"model = PeftModel.from_pretrained(base, {_place(subject)!r}, subfolder={entry.folder!r})"
+        f"base = AutoModelForCausalLM.from_pretrained({json.dumps(load)})",
+        f"model = PeftModel.from_pretrained(base, {json.dumps(_place(subject))}, subfolder={json.dumps(entry.folder)})"
         if subject.repository
-        else f"model = PeftModel.from_pretrained(base, {f'FOLDER/{entry.folder}'!r})",
+        else f"model = PeftModel.from_pretrained(base, {json.dumps(f'FOLDER/{entry.folder}')})",
         "```",
     ]
     return "\n".join(lines) + "\n"
@@ -217,7 +218,12 @@ def _intervals(subject: Subject) -> list[str]:
             "difference is paired, on the same documents; where its interval holds 0, averaging changed "
             "nothing that can be seen."
         )
-    return [f"{said} ↑ higher is better, ↓ lower."]
+    if any(len(board.tasks) > 1 for result in subject.results for board in result.boards):
+        said += " Of tasks that are pooled, whole tasks are drawn."
+    return [
+        f"{said} ↑ higher is better, ↓ lower; nll, entropy and MI (mutual information) are in nats. "
+        f"[What each metric is]({PROJECT}/blob/main/docs/metrics.md)."
+    ]
 
 
 def _cell(cell: Cell) -> str:
@@ -295,7 +301,11 @@ def _members(subject: Subject) -> list[str]:
         f"| [{escape(entry.name)}]({entry.folder}) | {_origin(entry).removeprefix(', ') or '–'} |"
         for entry in subject.members
     ]
-    return [*lines, "", "`ensemble.json` has the sha256 of every file; `lora-ensemble check` compares them."]
+    return [
+        *lines,
+        "",
+        "`ensemble.json` has the sha256 of every adapter file; `lora-ensemble check` compares them.",
+    ]
 
 
 def _origin(entry: MemberEntry) -> str:
