@@ -1,4 +1,4 @@
-"""``lm_eval --wandb_args``: our metrics, tasks' and groups', and the report beside them; offline, read from wandb's own log."""
+"""``lm_eval --wandb_args``: our metrics, tasks' and groups', and the report; offline, read from wandb's own log."""
 
 from __future__ import annotations
 
