@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +18,13 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from report_fixtures import write_run
 
-from lm_eval_lora_ensemble import evaluate, load_runs
+from lm_eval_lora_ensemble import disk, evaluate, load_runs
 from lm_eval_lora_ensemble.analysis.result import Settings
 from lm_eval_lora_ensemble.card import readme
 from lm_eval_lora_ensemble.card.subject import base_arguments, hub_name
 from lm_eval_lora_ensemble.cli import main
 from lm_eval_lora_ensemble.ensemble.manifest import FILE_NAME, Manifest, Method, Provenance
 from lm_eval_lora_ensemble.ensemble.members import find_ensemble
-from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.metrics.strings import quantities
 
 RELEASE = DATA / "release_0_1_0"
@@ -42,8 +41,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def card(*arguments: object, results: object = "results") -> int:
-    return main(["card", "ensemble", str(results), "--resamples", str(RESAMPLES), *map(str, arguments)])
+def card(*arguments: object, results: Sequence[object] = ("results",)) -> int:
+    return main(["card", "ensemble", *map(str, results), "--resamples", str(RESAMPLES), *map(str, arguments)])
 
 
 def text(path: Path = Path("ensemble")) -> str:
@@ -206,8 +205,10 @@ def test_the_text_says_what_a_reader_needs(place):
 
 
 def test_another_scale_is_said(place):
-    assert card("--scores", "chars", "--temperature", "crossfit") == 0
-    assert "per character, T cross-fitted" in text() and "an oracle" in text()
+    found = find_ensemble("ensemble")
+    quiz = synthetic(Path("quiz"), "base", [member.sha256 for member in found.members], {"quiz": 120})
+    assert card("--temperature", "crossfit", results=[quiz]) == 0
+    assert "summed, T cross-fitted" in text() and "an oracle" in text()
     assert "No temperature was fitted" not in text()
 
 
@@ -242,8 +243,9 @@ def test_whole_strings_and_generated_answers(place):
     (file.parent / f"samples_stories_{date}.jsonl").write_text(rows)
     assert card() == 0
     entries = ModelCard.load(Path("ensemble/README.md")).data.eval_results
-    (one,) = [one for one in entries if one.dataset_args["task"] == "stories"]
-    assert one.metric_type == "nll_per_token"
+    values = {one.metric_type: one for one in entries if one.dataset_args["task"] == "stories"}
+    assert set(values) == {"nll_per_token", "member_nll_per_token", "reverse_mutual_information"}
+    one = values["nll_per_token"]
     assert one.metric_value == pytest.approx(found["nll"].sum() / tokens.sum(), abs=1e-6)
     assert one.metric_args["low"] < one.metric_value < one.metric_args["high"]
     assert "12 whole strings" in text() and "| nll_per_token ↓ |" in text()
@@ -268,11 +270,11 @@ def test_check_stays_true_and_the_second_card_is_the_first(place, capsys):
     assert find_ensemble("ensemble").fingerprint == find_ensemble(RELEASE / "ensemble").fingerprint
 
 
-@pytest.mark.parametrize("after", range(4))
+@pytest.mark.parametrize("after", range(6))
 def test_a_kill_between_two_files_leaves_a_sound_folder(place, monkeypatch, after):
-    """Stopped before the manifest, between cards or before the last one: `check` holds, and the command goes on."""
+    """Stopped before each file that is written: `check` holds, and the same command writes the rest."""
     writes = 0
-    write = readme.write_text
+    write = disk.write_text
 
     def stopping(path: Path, content: str) -> None:
         nonlocal writes
@@ -281,12 +283,16 @@ def test_a_kill_between_two_files_leaves_a_sound_folder(place, monkeypatch, afte
         writes += 1
         write(path, content)
 
-    monkeypatch.setattr(readme, "write_text", stopping)
-    assert card() == (130 if after < 3 else 0)
+    for module in (disk, readme):
+        monkeypatch.setattr(module, "write_text", stopping)
+    assert card() == 130
     assert main(["check", "ensemble"]) == 0
-    monkeypatch.setattr(readme, "write_text", write)
+    for module in (disk, readme):
+        monkeypatch.setattr(module, "write_text", write)
     assert card() == 0 and main(["check", "ensemble"]) == 0
     assert all(readme.is_sealed(text(Path("ensemble", name))) for name in (".", "member_00", "member_01"))
+    for name in ("member_00", "member_01"):
+        assert f'"{name}/README.md"' not in Path("ensemble", name, "member.json").read_text()
 
 
 def test_adapters_from_elsewhere_get_a_manifest(ensemble, llama, place, capsys):
@@ -296,7 +302,7 @@ def test_adapters_from_elsewhere_get_a_manifest(ensemble, llama, place, capsys):
     assert all(readme.is_stock(text(Path(f"ensemble/member_{i:02d}"))) for i in range(3))
     found = find_ensemble("ensemble")
     results = synthetic(Path("synthetic"), found.base_model, [member.sha256 for member in found.members])
-    assert card(results=results) == 0
+    assert card(results=[results]) == 0
     assert len(Manifest.read(Path("ensemble")).members) == 3 and main(["check", "ensemble"]) == 0
     assert "3 LoRA adapters on tiny-llama. They answer" in text() and "Not known here" in text()
 
@@ -397,10 +403,9 @@ def test_results_on_another_base(place, capsys):
 
 
 def test_results_of_no_ensemble(place, capsys):
-    edit_results(
-        Path("results"), lambda s: s.update(config={"model": "hf", "model_args": {"pretrained": "base"}})
-    )
-    assert "does not say which adapters it scored" in refused(capsys)
+    config = {"model": "hf", "model_args": {"pretrained": "base"}}
+    other = write_run(Path("hf"), {"quiz": 20}, members=1, config=config)
+    assert "does not say which adapters it scored (model hf)" in refused(capsys, results=["results", other])
 
 
 def test_results_of_some_members_of_an_epoch_and_of_the_base_are_left_out(place, capsys):
@@ -412,11 +417,11 @@ def test_results_of_some_members_of_an_epoch_and_of_the_base_are_left_out(place,
         "kept": synthetic(Path("more/kept"), base, kept),
         "prior": synthetic(Path("more/prior"), base, []),
     }
-    assert card(*runs.values()) == 0
+    assert card(results=["results", *runs.values()]) == 0
     said = capsys.readouterr().out
     assert "1 of the ensemble's 2 members" in said and "epoch 1, not the members' final adapters" in said
     assert "the base model alone, epoch 0" in said and "quiz" not in text()
-    assert "no results of the ensemble's 2 final members" in refused(capsys, results=runs["kept"])
+    assert "no results of the ensemble's 2 final members" in refused(capsys, results=[runs["kept"]])
 
 
 def test_the_last_epoch_is_the_final_adapters(place, capsys):
@@ -431,12 +436,12 @@ def test_the_last_epoch_is_the_final_adapters(place, capsys):
 def test_tasks_of_several_runs_join_and_none_may_be_there_twice(place, capsys):
     base, members = "base", [member.sha256 for member in find_ensemble("ensemble").members]
     more = synthetic(Path("more"), base, members)
-    assert card(more) == 0
+    assert card(results=["results", more]) == 0
     assert "**quiz**, 40 documents" in text() and "**both (0-shot)**, 30 documents" in text()
     again = synthetic(Path("again"), base, members, date="2026-02-03T03-04-05.678901")
-    said = refused(capsys, more, again)
+    said = refused(capsys, results=[more, again])
     assert "quiz was evaluated twice" in said and "2026-02-03" in said and "name the results_*.json" in said
-    assert card(more, more) == 0  # one run named twice is one run
+    assert card(results=[more, more]) == 0  # one run named twice is one run
 
 
 # -------------------------------------------------------------------------------------------- by Hub id
@@ -477,7 +482,6 @@ def test_names_of_a_base():
     assert base_arguments("/x/model", None) == "pretrained=BASE,"
 
 
-def test_a_place_that_cannot_be_written(place):
+def test_a_place_that_cannot_be_written(place, capsys):
     (place / "file").write_text("")
-    with pytest.raises(EnsembleError, match=r"cannot write file/README.md: .*; make room there"):
-        readme.write_card(Path("file/README.md"), "text")
+    assert "cannot write in file/cards: " in refused(capsys, "--output", "file/cards")

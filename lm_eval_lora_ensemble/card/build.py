@@ -19,10 +19,10 @@ from lm_eval_lora_ensemble.card.metadata import card_data, member_data
 from lm_eval_lora_ensemble.card.results import RunResults, evaluate_results, read_results
 from lm_eval_lora_ensemble.card.subject import Subject, base_arguments, hub_name, label_of, trained_on
 from lm_eval_lora_ensemble.card.text import ensemble_text, member_text
-from lm_eval_lora_ensemble.disk import write_json
+from lm_eval_lora_ensemble.disk import read_json, write_json
 from lm_eval_lora_ensemble.ensemble.adapters.folder import check_config
 from lm_eval_lora_ensemble.ensemble.listing import manifest_of, require_listable
-from lm_eval_lora_ensemble.ensemble.manifest import FILE_NAME, Manifest, MemberEntry
+from lm_eval_lora_ensemble.ensemble.manifest import FILE_NAME, MAX_BYTES, Manifest, MemberEntry, entry_of
 from lm_eval_lora_ensemble.ensemble.members import Ensemble, find_ensemble, find_sources
 from lm_eval_lora_ensemble.ensemble.writer import MEMBER
 from lm_eval_lora_ensemble.errors import EnsembleError
@@ -91,18 +91,25 @@ def write_cards(
     cards = [output / entry.folder / readme.FILE_NAME for entry in listed.members]
     in_place = output.resolve() == folder.resolve()
     if not force:
-        known = [entry.files.get(_card_of(entry)) for entry in listed.members]
-        sums = {path: digest for path, digest in zip(cards, known, strict=True) if digest and in_place}
-        readme.refuse_foreign([output / readme.FILE_NAME, *cards], sums)
+        known = _listed_cards(output, listed) if in_place else {}
+        readme.refuse_foreign([output / readme.FILE_NAME, *cards], known)
     runs, notes = read_results(places, ensemble, listed)
     results = evaluate_results(runs, options.distribution, options.settings)
     subject = _subject(folder, ensemble, listed, results, options)
     texts = [_card(member_data(subject), member_text(subject, i)) for i in range(len(cards))]
     whole = _card(card_data(subject), ensemble_text(subject))
-    _write_manifest(folder, output, listed, in_place)
-    for path, text in zip(cards, texts, strict=True):
-        readme.write_card(path, text)
-    readme.write_card(output / readme.FILE_NAME, whole)
+    try:
+        _write_manifest(output, listed, in_place)
+        for path, text in zip(cards, texts, strict=True):
+            readme.write_card(path, text)
+        readme.write_card(output / readme.FILE_NAME, whole)
+        if in_place:
+            _write_entries(folder, listed)
+    except OSError as error:
+        raise EnsembleError(
+            f"cannot write in {output}: {error.strerror or error}; make room there or name another --output, and run "
+            "again"
+        ) from error
     if subject.base_model is None:
         notes.append(
             f"note: the adapters name their base model by a folder ({subject.base_label}), which the Hub cannot link; "
@@ -148,23 +155,44 @@ def _card_of(entry: MemberEntry) -> str:
     return f"{entry.folder}/{readme.FILE_NAME}"
 
 
-def _write_manifest(folder: Path, output: Path, listed: Manifest, in_place: bool) -> None:
-    """Take members' cards off the lists of files to compare, and write the manifest where that changed it."""
-    entries = []
-    for entry in listed.members:
-        own = _card_of(entry)
-        kept = replace(entry, files={name: digest for name, digest in entry.files.items() if name != own})
-        entries.append(kept)
-    unchanged = entries == listed.members and (output / FILE_NAME).is_file() and in_place
+def _without_card(entry: MemberEntry) -> MemberEntry:
+    own = _card_of(entry)
+    return replace(entry, files={name: digest for name, digest in entry.files.items() if name != own})
+
+
+def _own_entry(folder: Path, entry: MemberEntry) -> MemberEntry | None:
+    """Return what a member's own member.json says; None without one that can be read."""
+    path = folder / entry.folder / MEMBER
     try:
-        if not unchanged:
-            output.mkdir(parents=True, exist_ok=True)
-            replace(listed, members=entries).write(output)
-        for entry, kept in zip(listed.members, entries, strict=True) if in_place else ():
-            path = folder / entry.folder / MEMBER
-            if entry != kept and path.is_file() and f"{entry.folder}/{MEMBER}" not in entry.files:
-                write_json(path, kept.as_mapping())
-    except OSError as error:
-        raise EnsembleError(
-            f"cannot write in {output}: {error.strerror or error}; make room there"
-        ) from error
+        return entry_of(read_json(path, MAX_BYTES)) if path.is_file() else None
+    except (EnsembleError, TypeError, ValueError, KeyError, AttributeError):
+        return None
+
+
+def _listed_cards(folder: Path, listed: Manifest) -> dict[Path, str]:
+    """Return the checksums of the members' README.md as training listed them.
+
+    member.json is asked last of all to forget its own, so that a command that was stopped finds it there.
+    """
+    found = {}
+    for entry in listed.members:
+        for said in (_own_entry(folder, entry), entry):
+            if said and (digest := said.files.get(_card_of(entry))):
+                found[folder / _card_of(entry)] = digest
+    return found
+
+
+def _write_manifest(output: Path, listed: Manifest, in_place: bool) -> None:
+    """Take members' cards off the lists of files to compare, and write the manifest where that changed it."""
+    entries = [_without_card(entry) for entry in listed.members]
+    if not in_place or entries != listed.members or not (output / FILE_NAME).is_file():
+        output.mkdir(parents=True, exist_ok=True)
+        replace(listed, members=entries).write(output)
+
+
+def _write_entries(folder: Path, listed: Manifest) -> None:
+    """Take them off the members' own lists, where no manifest has the checksum of such a list."""
+    for entry in listed.members:
+        own = _own_entry(folder, entry)
+        if own and _card_of(entry) in own.files and f"{entry.folder}/{MEMBER}" not in entry.files:
+            write_json(folder / entry.folder / MEMBER, _without_card(own).as_mapping())

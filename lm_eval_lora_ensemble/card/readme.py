@@ -97,15 +97,10 @@ def write_card(path: Path, text: str) -> None:
     """Write one card whole or not at all.
 
     Raises:
-        EnsembleError: it cannot be written; what was there is as it was.
+        OSError: it cannot be written; what was there is as it was.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
-    except OSError as error:
-        raise EnsembleError(
-            f"cannot write {path}: {error.strerror or error}; make room there or name another --output, and run again"
-        ) from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
 
 
 def _digest(text: str) -> str:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 from lm_eval_lora_ensemble.analysis.distribution import CROSSFIT, RAW, VALIDATION, Distribution
 from lm_eval_lora_ensemble.card.results import RunResults
@@ -116,7 +117,7 @@ def _base(subject: Subject) -> str:
 def _use(subject: Subject) -> list[str]:
     first = next(iter([board.task for result in subject.results for board in result.boards]), None)
     others = [name for result in subject.results for name in (*result.strings, *result.run.answers)]
-    task = first or next(iter(others), "arc_easy")
+    task = one_line(first or next(iter(others)))
     placeholders = {
         "FOLDER": "where the files of this repository are",
         "BASE": f"the base model, {subject.base_label}",
@@ -298,7 +299,7 @@ def _scored_how(result: RunResults) -> str:
 def _members(subject: Subject) -> list[str]:
     lines = ["## Members", "", "| member | from |", "|---|---|"]
     lines += [
-        f"| [{escape(entry.name)}]({entry.folder}) | {_origin(entry).removeprefix(', ') or '–'} |"
+        f"| [{escape(entry.name)}]({quote(entry.folder)}) | {_origin(entry).removeprefix(', ') or '–'} |"
         for entry in subject.members
     ]
     return [
