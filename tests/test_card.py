@@ -25,6 +25,7 @@ from lm_eval_lora_ensemble.card.subject import base_arguments, hub_name
 from lm_eval_lora_ensemble.cli import main
 from lm_eval_lora_ensemble.ensemble.manifest import FILE_NAME, Manifest, Method, Provenance
 from lm_eval_lora_ensemble.ensemble.members import find_ensemble
+from lm_eval_lora_ensemble.metrics.answers import ANSWER_SCORES
 from lm_eval_lora_ensemble.metrics.strings import quantities
 
 RELEASE = DATA / "release_0_1_0"
@@ -225,30 +226,72 @@ def test_members_that_were_drawn(place):
     assert "/home/me" not in text() + text(Path("ensemble/member_00"))
 
 
-def test_whole_strings_and_generated_answers(place):
+def add_samples(task: str, lines: list[dict]) -> None:
     (file,) = Path("results").rglob("results_*.json")
-    date = file.stem.removeprefix("results_")
+    rows = "".join(json.dumps(line) + "\n" for line in lines)
+    (file.parent / f"samples_{task}_{file.stem.removeprefix('results_')}.jsonl").write_text(rows)
+
+
+def entries_of(task: str) -> dict[str, EvalResult]:
+    entries = ModelCard.load(Path("ensemble/README.md")).data.eval_results
+    return {one.metric_name: one for one in entries if one.dataset_args["task"] == task}
+
+
+def test_whole_strings(place):
     draw = np.random.default_rng(0)
     members, tokens = -draw.uniform(5, 20, size=(2, 12)), draw.integers(3, 9, size=12)
     found = quantities(members)
-    strings = [
-        {
-            "doc_id": d,
-            "members": members[:, d].tolist(),
-            "nll_per_token": [found["nll"][d], int(tokens[d])],
-        }
-        for d in range(12)
-    ]
-    rows = "".join(json.dumps(line) + "\n" for line in strings)
-    (file.parent / f"samples_stories_{date}.jsonl").write_text(rows)
+    add_samples(
+        "stories",
+        [
+            {
+                "doc_id": d,
+                "members": members[:, d].tolist(),
+                "nll_per_token": [found["nll"][d], int(tokens[d])],
+            }
+            for d in range(12)
+        ],
+    )
     assert card() == 0
-    entries = ModelCard.load(Path("ensemble/README.md")).data.eval_results
-    values = {one.metric_type: one for one in entries if one.dataset_args["task"] == "stories"}
+    values = entries_of("stories")
     assert set(values) == {"nll_per_token", "member_nll_per_token", "reverse_mutual_information"}
     one = values["nll_per_token"]
     assert one.metric_value == pytest.approx(found["nll"].sum() / tokens.sum(), abs=1e-6)
     assert one.metric_args["low"] < one.metric_value < one.metric_args["high"]
     assert "12 whole strings" in text() and "| nll_per_token ↓ |" in text()
+
+
+def test_generated_answers_under_each_filter(place):
+    draw = np.random.default_rng(1)
+    add_samples(
+        "sums",
+        [
+            {
+                "doc_id": d,
+                "filter": key,
+                "metrics": ["exact_match"],
+                "exact_match": float((d + shift) % 3 > 0),
+                "generation": [
+                    {
+                        "tokens": 3,
+                        "members": [-1.0, -1.2],
+                        **dict.fromkeys(ANSWER_SCORES, float(draw.uniform())),
+                    }
+                ],
+            }
+            for key, shift in (("strict", 0), ("flexible", 1))
+            for d in range(20)
+        ],
+    )
+    assert card() == 0
+    values = entries_of("sums")
+    assert {name for name in values if "exact_match" in name} == {
+        "exact_match, strict",
+        "exact_match, flexible",
+    }
+    assert values["exact_match, strict"].metric_value == pytest.approx(13 / 20)
+    assert values["exact_match, strict"].metric_args["filter"] == "strict"
+    assert "**sums, strict**, 20 generated answers" in text() and "AUROC of answer_nll" in text()
 
 
 # ------------------------------------------------------------------------------------- the folder stays sound

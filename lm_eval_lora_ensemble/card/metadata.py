@@ -143,10 +143,15 @@ def _entry(
     yield EvalResult(
         **about,
         metric_type=_HUB_METRICS.get(metric, metric),
-        metric_name=COLUMNS.get(metric, metric),
+        metric_name=COLUMNS.get(metric, metric) + _filtered(arguments),
         metric_value=_number(value),
         metric_args={"task": about["dataset_args"]["task"], **known},
     )
+
+
+def _filtered(arguments: Mapping[str, Any]) -> str:
+    filter_key = arguments.get("filter", "none")
+    return "" if filter_key == "none" else f", {filter_key}"
 
 
 def _distinct(results: list[EvalResult]) -> list[EvalResult]:
