@@ -525,6 +525,17 @@ def test_names_of_a_base():
     assert base_arguments("/x/model", None) == "pretrained=BASE,"
 
 
+def test_another_ensembles_manifest_is_never_replaced(place, capsys):
+    shutil.copytree("ensemble", "other")
+    manifest = Manifest.read(Path("other"))
+    manifest.members.pop()
+    manifest.write(Path("other"))
+    assert "other has the ensemble.json of another ensemble" in refused(
+        capsys, "--output", "other", "--force"
+    )
+    assert card("--output", "cards") == 0 and card("--output", "cards") == 0
+
+
 def test_a_place_that_cannot_be_written(place, capsys):
     (place / "file").write_text("")
     assert "cannot write in file/cards: " in refused(capsys, "--output", "file/cards")

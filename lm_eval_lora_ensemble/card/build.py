@@ -82,14 +82,16 @@ def write_cards(
         force: replace a README.md that a person wrote, too.
 
     Raises:
-        EnsembleError: no ensemble, results of another one, or a README.md that is a person's; nothing was written then.
-            Or a file that cannot be written.
+        EnsembleError: no ensemble, results of another one, a README.md that is a person's, or an ``output`` that is
+            another ensemble's; nothing was written then. Or a file that cannot be written.
     """
     require_listable(folder)
     ensemble = _find(folder, options)
     listed = manifest_of(folder, ensemble)
     cards = [output / entry.folder / readme.FILE_NAME for entry in listed.members]
     in_place = output.resolve() == folder.resolve()
+    if not in_place:
+        _refuse_other(output, listed)
     if not force:
         known = _listed_cards(output, listed) if in_place else {}
         readme.refuse_foreign([output / readme.FILE_NAME, *cards], known)
@@ -116,6 +118,17 @@ def write_cards(
             "give --base-model ORGANISATION/NAME"
         )
     return Written(output / readme.FILE_NAME, len(cards), notes)
+
+
+def _refuse_other(output: Path, listed: Manifest) -> None:
+    """Keep the manifest of another ensemble from being replaced."""
+    if not (output / FILE_NAME).is_file():
+        return
+    there = [_without_card(entry) for entry in Manifest.read(output).members]
+    if there != [_without_card(entry) for entry in listed.members]:
+        raise EnsembleError(
+            f"{output} has the {FILE_NAME} of another ensemble; name another folder with --output"
+        )
 
 
 def _find(folder: Path, options: Options) -> Ensemble:
