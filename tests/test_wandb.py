@@ -61,7 +61,7 @@ def logged(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for record in records(folder):
         if record.WhichOneof("record_type") == "history":
-            for item in record.history.item:
+            for item in record.history.item:  # a table is several: its file's path, its rows …
                 name = item.key or "/".join(item.nested_key)
                 found[name] = json.loads(item.value_json)
     return found
@@ -100,7 +100,13 @@ def evaluated(ensemble: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "--include_path",
             str(write_tasks(folder / "tasks")),
         ),
-        *("--log_samples", "--output_path", "results", "--wandb_args", f"mode=offline,project=x,id={RUN}"),
+        *(
+            "--log_samples",
+            "--output_path",
+            "results",
+            "--wandb_args",
+            f"mode=offline,project=ensembles,id={RUN}",
+        ),
         folder=folder,
     )
     assert "Logging to W&B failed" not in done.stdout + done.stderr, done.stderr[-3000:]
@@ -128,7 +134,7 @@ def test_every_metric_of_ours_is_logged_for_tasks_and_groups(evaluated, results)
 
 def test_group_rows_are_in_the_table_of_groups(evaluated, results):
     found = logged(evaluated)
-    file = next(evaluated.rglob(Path(found["evaluation/group_eval_results"]["path"]).name))
+    file = next(evaluated.rglob(Path(found["evaluation/group_eval_results/path"]).name))
     table = json.loads(file.read_text())
     rows = {
         row[table["columns"].index("Metric")]: row[table["columns"].index("Value")] for row in table["data"]
@@ -157,13 +163,10 @@ def test_the_report_goes_along_as_the_guide_says(evaluated, monkeypatch):
     (evaluated / "send.py").write_text(code.replace("wandb.init(", 'wandb.init(mode="offline", '))
     assert f'id="{RUN}"' in code
     run("send.py", folder=evaluated)
-    page = logged(evaluated)["report"]
-    assert page["_type"] == "html-file"
-    assert next(evaluated.rglob(Path(page["path"]).name)).stat().st_size > 10_000
-    artifacts = [
-        r.request.log_artifact.artifact for r in records(evaluated) if r.request.HasField("log_artifact")
-    ]
-    artifacts += [r.artifact for r in records(evaluated) if r.WhichOneof("record_type") == "artifact"]
+    found = logged(evaluated)
+    assert found["report/_type"] == "html-file"
+    assert next(evaluated.rglob(Path(found["report/path"]).name)).stat().st_size > 10_000
+    artifacts = [r.artifact for r in records(evaluated) if r.WhichOneof("record_type") == "artifact"]
     (report,) = [one for one in artifacts if one.type == "report"]
     assert {entry.path for entry in report.manifest.contents} >= {
         "report.html",

@@ -73,7 +73,8 @@ def read_results(places: Sequence[Path], ensemble: Ensemble, listed: Manifest) -
         EnsembleError: a run is of another ensemble, or does not say of which; nothing is left; a task was evaluated
             twice.
     """
-    runs, left_out = [], []
+    runs: list[Run] = []
+    left_out: list[str] = []
     for run in (run for place in dict.fromkeys(places) for run in load_runs(place)):
         reason = _why_not(run, ensemble, listed)
         if reason:

@@ -37,7 +37,7 @@ _RECIPE_KEYS = (
     ),
     *("lora_l2", "epochs", "max_steps", "batch_size"),
 )
-_EMPTY = (None, "", "none", [])
+_EMPTY: tuple[Any, ...] = (None, "", "none", [])
 
 
 def ensemble_text(subject: Subject) -> str:
