@@ -54,6 +54,10 @@ VERBS: dict[str, tuple[str, str]] = {
         "lm_eval_lora_ensemble.report.command",
         "write a page, tables and figures from lm-eval's results folders",
     ),
+    "card": (
+        "lm_eval_lora_ensemble.card.command",
+        "write an ensemble's README.md for the Hub, with its results and their intervals",
+    ),
 }
 
 ALIASES = {"uncertainty": "analyse"}

@@ -19,10 +19,6 @@ from lm_eval.tasks._index import TaskIndex
 
 from lm_eval_lora_ensemble import cli
 
-NOT_YET = {"README.md", "docs/posteriors.md"}
-"""Pages that do not keep the convention yet: fences without a language, and commands without a mark, are not run there.
-A page leaves this set once it does."""
-
 ELSEWHERE = {"docs/extend.md": "tests/test_extend.py"}
 """Pages all of whose blocks another test runs."""
 
@@ -34,25 +30,17 @@ def own_files(page: list[Block]) -> set[str]:
 
 
 def is_script(block: Block) -> bool:
-    """Whether a block has commands; on a page that is not converted, one that begins with a command of ours has."""
-    first = block.text.lstrip().split(" ", 1)[0]
-    unconverted = block.page in NOT_YET and not block.language
-    return block.language == "bash" or (
-        unconverted and first in ("make", "lora-ensemble", "lm_eval", "python", "pip")
-    )
+    """Whether a block has commands."""
+    return block.language == "bash"
 
 
 def runs(block: Block, *, long: bool) -> bool:
     """Whether the default suite, or the long one, runs a block."""
-    if block.page in NOT_YET and not block.language:
-        return False
     return block.language in ("bash", "python") and block.mark == ("long" if long else "")
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_block_has_a_language(page):
-    if page in NOT_YET:
-        pytest.skip("does not keep the convention yet")
     for block in blocks(page):
         assert block.language != INDENTED, f"{block.place}: a test sees fenced blocks only; fence it"
         assert block.language in LANGUAGES, f"{block.place}: say ```bash, ```python, … or ```text"

@@ -16,7 +16,7 @@ from lm_eval_lora_ensemble.metrics.choice_scores import SCORE_KINDS
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Declare what :func:`settings_of` reads, and ``--ood``."""
+    """Declare ``--ood``, and what :func:`add_evaluation` declares."""
     parser.add_argument(
         "--ood",
         action="append",
@@ -24,6 +24,11 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         metavar="TASK",
         help="a task or group that is out-of-domain: tell it from the others by each uncertainty; repeatable",
     )
+    add_evaluation(parser)
+
+
+def add_evaluation(parser: argparse.ArgumentParser) -> None:
+    """Declare what :func:`settings_of` and :func:`asked_distribution` read."""
     parser.add_argument(
         "--scores",
         choices=SCORE_KINDS,

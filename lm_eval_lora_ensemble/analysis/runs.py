@@ -48,6 +48,7 @@ class Run:
         answers: tasks of generated texts by name, which are in ``skipped`` too.
         as_read: the run under the scores as they are; None where this is it.
         scored_groups: as ``groups``, those included of which some task has no distribution; empty where none has.
+        task_configs: lm-eval's configuration of each task, as far as the results file has it.
     """
 
     source: str
@@ -64,6 +65,7 @@ class Run:
     answers: Mapping[str, AnswerScores] = field(default_factory=dict)
     as_read: Run | None = None
     scored_groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    task_configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def under(self, distribution: Distribution) -> Run:
         """Return the same run with its tasks judged by another distribution; what has none is in ``skipped``.
@@ -326,6 +328,7 @@ def merge_runs(runs: Sequence[Run]) -> list[Run]:
                     strings={**other.strings, **run.strings},
                     answers={**other.answers, **run.answers},
                     scored_groups={**other.scored_groups, **run.scored_groups},
+                    task_configs={**other.task_configs, **run.task_configs},
                 )
                 break
         else:
@@ -379,7 +382,14 @@ def _read_run(folder: Path, date: str, files: Mapping[str, Path], asked: Path) -
         scores,
         strings=strings,
         answers=answers,
+        task_configs=_task_configs(results),
     )
+
+
+def _task_configs(results: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    configs = results.get("configs")
+    found = configs.items() if isinstance(configs, dict) else ()
+    return {name: config for name, config in found if isinstance(config, dict)}
 
 
 def _seconds(results: Mapping[str, Any]) -> float | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lm_eval_lora_ensemble.disk import sha256
 from lm_eval_lora_ensemble.ensemble.adapters.folder import Adapter, check_adapter, inside
+from lm_eval_lora_ensemble.ensemble.hub import at_hand
 from lm_eval_lora_ensemble.ensemble.listing import refuse_unfinished
 from lm_eval_lora_ensemble.ensemble.members import Ensemble, Member, Source, common_base, find_sources
 from lm_eval_lora_ensemble.errors import EXIT_CODE, EnsembleError, one_line
@@ -19,7 +20,7 @@ from lm_eval_lora_ensemble.errors import EXIT_CODE, EnsembleError, one_line
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     parser.add_argument(
-        "ensemble", type=Path, help="an ensemble folder, a folder of adapters, or one adapter"
+        "ensemble", help="an ensemble folder, a folder of adapters, one adapter, or a Hub id of either"
     )
     parser.add_argument(
         "--pretrained",
@@ -34,9 +35,9 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         EnsembleError: no members, or a folder that training has not finished.
     """
-    folder = arguments.ensemble.expanduser()
+    folder = Path(str(at_hand(arguments.ensemble, everything=True))).expanduser()
     refuse_unfinished(folder)
-    sources, listed = find_sources(arguments.ensemble)
+    sources, listed = find_sources(folder)
     sound: dict[str, Adapter] = {}
     for source in sources:
         try:

@@ -13,19 +13,17 @@ from lm_eval_lora_ensemble.ensemble import manifest
 from lm_eval_lora_ensemble.ensemble.adapters.config import AdapterConfig
 from lm_eval_lora_ensemble.ensemble.adapters.folder import (
     CONFIG,
-    POSTERIOR,
-    WEIGHTS,
     check_adapter,
     check_config,
     inside,
     link_root,
 )
+from lm_eval_lora_ensemble.ensemble.hub import at_hand, fetch
 from lm_eval_lora_ensemble.errors import EnsembleError
 
 DEFAULT_FOLDER = "./ensemble"
 DRAWING = "draw.json"
 """What a folder of draws was asked for; without a manifest beside it, some are still to come."""
-_HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -104,8 +102,9 @@ def find_ensemble(
     """Find an ensemble and check every file of it that will be loaded.
 
     Args:
-        adapters: an ensemble folder, a folder of adapter folders, one adapter folder, a Hub id, or a list
-            of adapter folders and Hub ids (also as one string, separated by ``;``). Default ``./ensemble``.
+        adapters: an ensemble folder, a folder of adapter folders, one adapter folder, the Hub id of an ensemble or an
+            adapter (``org/name``, ``org/name@revision``), or a list of adapter folders and adapters' Hub ids (also as
+            one string, separated by ``;``). Default ``./ensemble``.
         pretrained: the base model; read from the adapters when left out, so adapters that name none need it.
         members: use only the first so many.
         epoch: take this epoch's adapter of every member; 0 is the base model alone.
@@ -114,7 +113,7 @@ def find_ensemble(
     Raises:
         EnsembleError: nothing was found, something found is no adapter, or the parts do not fit together.
     """
-    sources, listed = find_sources(adapters)
+    sources, listed = find_sources(adapters, epoch=epoch)
     if members is not None:
         if not 1 <= members <= len(sources):
             raise EnsembleError(
@@ -138,11 +137,16 @@ def find_ensemble(
 
 def find_sources(
     adapters: str | Path | Sequence[str | Path] | None = None,
+    *,
+    epoch: int | None = None,
+    everything: bool = False,
 ) -> tuple[list[Source], manifest.Manifest | None]:
     """Find where the members are, reading nothing of them, and the manifest where there is one.
 
     Args:
         adapters: as in :func:`find_ensemble`.
+        epoch: of an ensemble on the Hub, the epoch whose adapters are downloaded besides the final ones.
+        everything: of an ensemble on the Hub, download all that its manifest lists.
 
     Raises:
         EnsembleError: nothing was found, or something outside the folder that was given.
@@ -154,15 +158,12 @@ def find_sources(
         if not given:
             raise EnsembleError("adapters= is an empty list; name at least one adapter folder or Hub id")
         return [_single(f"member_{i:02d}", item) for i, item in enumerate(given)], None
-    folder = Path(given).expanduser()
-    if not folder.is_dir():
-        if adapters is None:
-            raise EnsembleError(
-                f"no adapters given and no {DEFAULT_FOLDER} here ({Path.cwd()}); train one with "
-                "`lora-ensemble train RECIPE.yaml` or name one with --model_args adapters=FOLDER"
-            )
-        return [_single("member_00", given)], None
-    folder = folder.resolve()
+    if adapters is None and not Path(given).is_dir():
+        raise EnsembleError(
+            f"no adapters given and no {DEFAULT_FOLDER} here ({Path.cwd()}); train one with "
+            "`lora-ensemble train RECIPE.yaml` or name one with --model_args adapters=FOLDER"
+        )
+    folder = Path(str(at_hand(given, epoch=epoch, everything=everything))).expanduser().resolve()
     if (folder / manifest.FILE_NAME).is_file():
         return _listed(folder)
     if (folder / CONFIG).is_file():
@@ -237,43 +238,10 @@ def _named_by_manifest(folder: Path, relative: str) -> Path:
         ) from error
 
 
-def refuse_missing_folder(text: str, what: str) -> None:
-    """Refuse a name that looks like a path and is no folder, which would otherwise be asked of the Hub.
-
-    Args:
-        text: a Hub id, or a path.
-        what: what it is the name of, for the message.
-
-    Raises:
-        EnsembleError: ``text`` begins like a path, holds a backslash, or begins with something that is here.
-    """
-    begins_here = Path(text.split("/", maxsplit=1)[0]).exists()
-    if (text.startswith((".", "/", "~")) or "\\" in text or begins_here) and not Path(text).is_dir():
-        raise EnsembleError(f"no {what} {text!r} here ({Path.cwd()}); check the path")
-
-
 def _local(item: str | Path) -> Path:
     """Return the local folder of one adapter; only what can be nothing but a Hub id is fetched."""
     path = Path(item).expanduser()
-    if path.is_dir():
-        return path.resolve()
-    text = str(item)
-    refuse_missing_folder(text, "adapter folder")
-    if not _HUB_ID.fullmatch(text):
-        raise EnsembleError(f"no adapter folder {text!r} here ({Path.cwd()}); check the path")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(
-                text, allow_patterns=[CONFIG, WEIGHTS, POSTERIOR, "README.md", "tokenizer*.json"]
-            )
-        ).resolve()
-    except (OSError, ValueError) as error:
-        raise EnsembleError(
-            f"{text!r} is no local folder and could not be had from the Hugging Face Hub "
-            f"({type(error).__name__}); check the name, the network or HF_TOKEN"
-        ) from error
+    return path.resolve() if path.is_dir() else fetch(str(item))
 
 
 def _model_name(name: str) -> str:
@@ -287,7 +255,7 @@ def _model_name(name: str) -> str:
     return (cached.rpartition("--")[2] if cached else parts[-1]).replace("___", ".")
 
 
-def _same_model(one: str, other: str) -> bool:
+def same_model(one: str, other: str) -> bool:
     """Whether two names mean the same model: equal, the same folder, or called the same (a local mirror)."""
     if one == other or _model_name(one) == _model_name(other):
         return True
@@ -321,7 +289,7 @@ def common_base(
                 "was trained on"
             )
         return named, revision
-    if named is not None and not allow_mismatch and not _same_model(named, pretrained):
+    if named is not None and not allow_mismatch and not same_model(named, pretrained):
         raise EnsembleError(
             f"the adapters were trained on {named}, not on pretrained={pretrained}; leave pretrained "
             "out, or say allow_base_mismatch=True if both are the same weights"
@@ -337,7 +305,7 @@ def _named_base(configs: Sequence[AdapterConfig]) -> str | None:
             continue
         if first is None or named is None:
             first, named = config, config.base_model
-        elif not _same_model(named, config.base_model):
+        elif not same_model(named, config.base_model):
             raise EnsembleError(
                 f"adapters of different base models: {first.path.parent} is on {named}, "
                 f"{config.path.parent} is on {config.base_model}; an ensemble needs one base"

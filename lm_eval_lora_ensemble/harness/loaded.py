@@ -72,8 +72,8 @@ def load_ensemble(
 
     Args:
         base: the base model, a Hub id or a folder; None reads it from the adapters.
-        adapters: an ensemble folder, a folder of adapters, one adapter, a Hub id, or a list of the last two; None
-            takes ``./ensemble``.
+        adapters: an ensemble folder, a folder of adapters, one adapter, a Hub id of an ensemble or an adapter
+            (``org/name``, ``org/name@revision``), or a list of adapters; None takes ``./ensemble``.
         **model_args: whatever ``lm_eval --model_args`` takes: ``members``, ``epoch``, ``dtype``, ``device``
             (CUDA where there is any), ``batch_size`` …
 

@@ -18,13 +18,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from lm_eval_lora_ensemble.ensemble.hub import at_hand, refuse_missing_folder
 from lm_eval_lora_ensemble.ensemble.loading import attach_members, twins
-from lm_eval_lora_ensemble.ensemble.members import (
-    DEFAULT_FOLDER,
-    Ensemble,
-    find_ensemble,
-    refuse_missing_folder,
-)
+from lm_eval_lora_ensemble.ensemble.members import DEFAULT_FOLDER, Ensemble, find_ensemble
 from lm_eval_lora_ensemble.ensemble.quantization import quantization_config, take_arguments
 from lm_eval_lora_ensemble.ensemble.tokenizer import check_tokenizers
 from lm_eval_lora_ensemble.errors import EnsembleError, shorten_errors_of_command
@@ -68,8 +64,9 @@ class LoraEnsembleLM(HFLM):
 
     Args:
         pretrained: the base model; left out, it is read from the adapters.
-        adapters: an ensemble folder, a folder of adapters, one adapter, a Hub id, or a list of the last two
-            (a string may separate them by ``;``). Default ``./ensemble``.
+        adapters: an ensemble folder, a folder of adapters, one adapter, a Hub id of an ensemble or an adapter
+            (``org/name``, ``org/name@revision``), or a list of adapters (a string may separate them by ``;``).
+            Default ``./ensemble``.
         members: use only the first so many members.
         epoch: take this epoch's adapter of every member; 0 is the base model alone, the prior.
         average: ``probability`` (log-mean-exp of the members' sequence loglikelihoods: the Bayesian model
@@ -115,8 +112,10 @@ class LoraEnsembleLM(HFLM):
         for name, value in (("members", members), ("epoch", epoch)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
                 raise EnsembleError(f"{name}={value}: give a whole number")
+        # once: what is read of the manifest below has to be of the commit that the members are of
+        place = at_hand(adapters, epoch=epoch)
         self.ensemble: Ensemble = find_ensemble(
-            adapters,
+            place,
             pretrained=pretrained,
             members=members,
             epoch=epoch,
@@ -125,9 +124,9 @@ class LoraEnsembleLM(HFLM):
         self._model: Any = None  # lm-eval's name for the model; HFLM sets it
         self.average: Average = average
         self.generation_average: GenerationAverage = generation_average
-        self.recipe = recipe_of(DEFAULT_FOLDER if adapters is None else adapters)
-        self.method = method_of(DEFAULT_FOLDER if adapters is None else adapters)
-        self.calibration = calibration_of(DEFAULT_FOLDER if adapters is None else adapters)
+        self.recipe = recipe_of(DEFAULT_FOLDER if place is None else place)
+        self.method = method_of(DEFAULT_FOLDER if place is None else place)
+        self.calibration = calibration_of(DEFAULT_FOLDER if place is None else place)
         scale = _scale(temperature, calibration_in_use(self.calibration, self.ensemble))
         self.work = Work()
         self._used: PackedModel | None = None

@@ -69,7 +69,9 @@ def draw(method: str, adapters: str | Path, **settings: Any) -> Path:
     """
     chosen = METHODS.find(method)
     asked = Settings.of(chosen, settings)
-    found = find_source(str(adapters), asked.command["member"])
+    found = find_source(
+        str(adapters), asked.command["member"], everything=chosen.needs in ("snapshots", "state")
+    )
     each = draws_each(chosen, len(found.places), asked, str(adapters))
     sources = read_sources(
         found, chosen, kept=asked.command.get("kept"), pretrained=asked.command["pretrained"]

@@ -69,12 +69,13 @@ class Found:
     listed: Manifest | None
 
 
-def find_source(adapters: str, member: int | None = None) -> Found:
+def find_source(adapters: str, member: int | None = None, *, everything: bool = False) -> Found:
     """Find where the members of a source are.
 
     Args:
-        adapters: an ensemble folder, a folder of adapters, one adapter folder, or a Hub id.
+        adapters: an ensemble folder, a folder of adapters, one adapter folder, or a Hub id of either.
         member: only this one, from 0.
+        everything: of an ensemble on the Hub, download kept adapters and optimisers' state too.
 
     Raises:
         EnsembleError: there is nothing, a training run that is not finished, a whole model, or no such member.
@@ -88,7 +89,7 @@ def find_source(adapters: str, member: int | None = None) -> Found:
                 f"{folder} is a whole model; an adapter that was merged into its base has no A and B left to draw: "
                 "name the adapter's own folder"
             )
-    places, listed = members.find_sources(adapters)
+    places, listed = members.find_sources(adapters, everything=everything)
     if member is None:
         return Found(tuple(places), listed)
     if member >= len(places):

@@ -1,0 +1,1 @@
+"""The cards of an ensemble and its members: README.md files as the Hugging Face Hub reads them."""
