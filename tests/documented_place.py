@@ -26,7 +26,7 @@ from lm_eval_lora_ensemble.disk import write_json
 from lm_eval_lora_ensemble.ensemble import base_model
 
 # a cross-fitted scale wants 80 documents outside each of five folds
-_SPLITS = {"train": 48, "validation": 110, "test": 110}
+_SPLITS = {"train": 400, "validation": 150, "test": 150}
 _NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 

@@ -106,7 +106,7 @@ def template(tmp_path_factory) -> Path:
     make_place(folder, tiny_model(home / "tiny-llama", "llama"))
     with pytest.MonkeyPatch.context() as patch:
         Reader(folder, patch)
-        recipe = "members=3 epochs=2 max_steps=null swa_start=0.5 keep_snapshots=2 learning_rate=0.02"
+        recipe = "base_model=base members=3 epochs=2 max_steps=null train_limit=48 swa_start=0.5 keep_snapshots=2 learning_rate=0.02"
         assert cli.main(["train", "smollm2_arc_easy", *recipe.split(), "output=ensemble"]) == 0
     ensemble = folder / "ensemble"
     shutil.copytree(ensemble, folder / "my_run")
@@ -129,13 +129,14 @@ def template(tmp_path_factory) -> Path:
 def walk(page: str, template: Path, folder: Path, patch: pytest.MonkeyPatch, *, long: bool) -> dict[str, str]:
     """Run a page's blocks in order, the long ones too if ``long``; return what each printed, by its place."""
     shutil.copytree(template, folder, symlinks=True)
-    if "--output_path results\n" in (PROJECT / page).read_text(encoding="utf-8"):
+    todo = [block for block in blocks(page) if runs(block, long=False) or (long and runs(block, long=True))]
+    if any("--output_path results\n" in block.text for block in todo):
         shutil.rmtree(folder / "results")  # the page makes its own
     reader, printed = Reader(folder, patch), {}
     for block in blocks(page):
         if block.file:
             (folder / block.file).write_text(block.text, encoding="utf-8")
-        elif runs(block, long=False) or (long and runs(block, long=True)):
+        elif block in todo:
             if block.language == "python":
                 printed[block.place] = reader.python(block.text, block.place)
             else:
