@@ -106,8 +106,9 @@ def template(tmp_path_factory) -> Path:
     make_place(folder, tiny_model(home / "tiny-llama", "llama"))
     with pytest.MonkeyPatch.context() as patch:
         Reader(folder, patch)
-        recipe = "base_model=base members=3 epochs=2 max_steps=null train_limit=48 swa_start=0.5 keep_snapshots=2 learning_rate=0.02"
-        assert cli.main(["train", "smollm2_arc_easy", *recipe.split(), "output=ensemble"]) == 0
+        small = "base_model=base members=3 epochs=2 max_steps=null train_limit=48 learning_rate=0.02"
+        kept = "swa_start=0.5 keep_snapshots=2 output=ensemble"
+        assert cli.main(["train", "smollm2_arc_easy", *small.split(), *kept.split()]) == 0
     ensemble = folder / "ensemble"
     shutil.copytree(ensemble, folder / "my_run")
     for number in range(3):
