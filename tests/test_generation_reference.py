@@ -139,7 +139,7 @@ def assert_same(ours: list[Trace], theirs: list[Trace], tolerance: float = 1e-5)
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3"])
 @pytest.mark.parametrize(
     ("average", "n"),
-    [("posterior", 12), ("equal", 4), pytest.param("posterior", 50, marks=pytest.mark.long)],
+    [("posterior", 6), ("equal", 3), pytest.param("posterior", 50, marks=pytest.mark.long)],
 )
 def test_the_mixture_is_what_whole_passes_give(ensemble_of, architecture, average, n):
     """Prompts and texts together are longer than the window of 64 tokens of Mistral and Gemma 3."""
