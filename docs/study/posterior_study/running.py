@@ -97,7 +97,8 @@ def run(steps: Sequence[Step], output: Path) -> None:
     """
     records = read_records(steps, output)
     for number, step in enumerate(steps, 1):
-        if step.name in records:
+        # read again: another process may be at work on the other methods
+        if step.name in records or step.name in (records := read_records(steps, output)):
             continue
         left = estimate(steps, records)
         took = f"about {in_words(left[step.name])}, {in_words(sum(left.values()))} for all that is left"
