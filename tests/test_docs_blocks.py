@@ -1,4 +1,4 @@
-"""Every block of README.md, CONTRIBUTING.md and docs/ is run, or marked with a reason; every command is checked."""
+"""Every block of README.md, CONTRIBUTING.md and docs/ is run, here or by `make test-long`, or marked with a reason."""
 
 from __future__ import annotations
 
@@ -148,10 +148,14 @@ def walk(page: str, template: Path, folder: Path, patch: pytest.MonkeyPatch, *, 
 
 
 RUN = [page for page in PAGES if page not in ELSEWHERE and any(runs(b, long=False) for b in blocks(page))]
+QUICK = ("README.md", "docs/draw.md", "docs/reference/api.md", "docs/reference/functions.md")
+"""Pages that the default suite walks; the others take a minute or two each on a busy machine."""
+
+WALKED = [page if page in QUICK else pytest.param(page, marks=pytest.mark.long) for page in RUN]
 LONG = [page for page in PAGES if page not in ELSEWHERE and any(runs(b, long=True) for b in blocks(page))]
 
 
-@pytest.mark.parametrize("page", RUN)
+@pytest.mark.parametrize("page", WALKED)
 def test_blocks_run(page, template, tmp_path, monkeypatch):
     printed = walk(page, template, tmp_path / "place", monkeypatch, long=False)
     assert printed
