@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -14,8 +15,10 @@ import numpy as np
 import pytest
 from conftest import n_stored, random_adapters
 from harness_tasks import write_tasks
+from sqlitedict import SqliteDict
 
 from lm_eval_lora_ensemble import errors
+from lm_eval_lora_ensemble.harness.cache import saved_scores
 from lm_eval_lora_ensemble.harness.model import LoraEnsembleLM
 
 HARNESS = Path(__file__).with_name("scoring_kill_harness.py")
@@ -124,3 +127,19 @@ def test_ctrl_c_without_a_cache_says_what_would_have_helped(ensemble, capsys, mo
     LoraEnsembleLM(adapters=str(ensemble), device="cpu")
     sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
     assert "nothing was saved; with --use_cache PATH, a run goes on where it was" in capsys.readouterr().err
+
+
+def test_ctrl_c_inside_the_cache_is_answered_too(tmp_path):
+    """The state that a Ctrl-C between the two halves of ``Condition.notify`` leaves: the next wake-up is lost."""
+    cache = SqliteDict(str(tmp_path / "cache.db"), autocommit=True)
+    for key in ("owner", "one", "two"):
+        cache[key] = key
+    assert len(cache) == 3
+    stale = threading.Lock()
+    stale.acquire()
+    time.sleep(0.2)  # the store's thread waits again
+    cache.conn.reqs.not_empty._waiters.appendleft(stale)
+    start = time.monotonic()
+    assert saved_scores(cache).startswith("2 scored requests are saved in ")
+    assert 2 < time.monotonic() - start < 8  # nobody answered
+    cache.close()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
+import sqlite3
+import threading
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -11,6 +14,8 @@ from lm_eval_lora_ensemble.errors import EnsembleError
 
 # lm-eval's own keys are hexadecimal sha256 digests, so this can be none of them
 OWNER_KEY = "lora-ensemble owner"
+# seconds that an answer may take once the run is stopped
+_PATIENCE = 3.0
 # module of 0.1 -> module of today
 _MOVED = {"lm_eval_lora_ensemble.mixture": "lm_eval_lora_ensemble.scoring.loglikelihood"}
 
@@ -53,9 +58,26 @@ def saved_scores(cache: MutableMapping[str, Any] | None) -> str:
         return "nothing was saved; with --use_cache PATH, a run goes on where it was stopped"
     path = getattr(cache, "filename", "the cache")
     return (
-        f"{len(cache) - 1} scored requests are saved in {path}; the same command with the same --use_cache goes on "
+        f"{_count(cache) - 1} scored requests are saved in {path}; the same command with the same --use_cache goes on "
         "from there"
     )
+
+
+def _count(cache: MutableMapping[str, Any]) -> int:
+    """Return the number of entries, also where the store does not answer any more.
+
+    sqlitedict talks to a thread of its own through a queue. A Ctrl-C inside ``Condition.notify`` leaves a waiter there
+    that swallows the next wake-up, and then nobody answers: so one waits for a while, and looks into the file.
+    """
+    found: list[int] = []
+    asking = threading.Thread(target=lambda: found.append(len(cache)), daemon=True)
+    asking.start()
+    asking.join(_PATIENCE)
+    if found:
+        return found[0]
+    with contextlib.closing(sqlite3.connect(cache.filename)) as file:  # type: ignore[attr-defined]
+        (count,) = file.execute(f'SELECT COUNT(*) FROM "{cache.tablename}"').fetchone()  # type: ignore[attr-defined]
+    return int(count)
 
 
 def read_older_scores(cache: Any) -> None:
