@@ -189,6 +189,13 @@ def test_by_scale_is_the_battery_under_each_scale(saved):
         assert scale.difference["nll"].value == pytest.approx(-p.log_gold_mass.mean() - alone)
 
 
+def test_a_scale_that_a_task_lacks_is_told_by_its_own_reason():
+    (run,) = load_runs(Path(__file__).parent / "data" / "release_0_1_0" / "results")
+    for name, documents in (("plain_a", 17), ("plain_b", 5)):
+        *_, crossfit = by_scale(run, name, Settings(resamples=5))
+        assert f"for {name}: {documents} documents outside a fold" in crossfit.undefined
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

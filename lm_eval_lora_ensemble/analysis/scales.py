@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lm_eval_lora_ensemble.analysis.distribution import CROSSFIT, RAW, VALIDATION, Distribution
 from lm_eval_lora_ensemble.analysis.result import Settings
@@ -56,7 +56,16 @@ def by_scale(run: Run, name: str, settings: Settings) -> list[ScaleResult]:
     long = [s for s in leaves if "chars" in s.lengths and s.lengths["chars"].max() > 1 and not s.other_class]
     if len(long) < len(leaves) or any(s.is_gold is None for s in leaves):
         return []
-    return [_under(run, name, distribution, settings) for distribution in SCALES]
+    alone = _alone(run, name)
+    return [_under(alone, name, distribution, settings) for distribution in SCALES]
+
+
+def _alone(run: Run, name: str) -> Run:
+    """Return a run of one task or group as it was read, so that a scale it lacks is told by its own reason."""
+    read = run.as_read or run
+    leaves = run.leaves(name)
+    scores = {leaf: read.scores[leaf] for leaf in leaves if leaf in read.scores}
+    return replace(read, scores=scores, groups={name: leaves} if name in run.groups else {})
 
 
 def _under(run: Run, name: str, distribution: Distribution, settings: Settings) -> ScaleResult:
