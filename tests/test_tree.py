@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -187,6 +189,22 @@ def plain_scores(model, asked: list[TokenRequest]) -> np.ndarray:
                 ]
             )
     return np.array(members)
+
+
+@pytest.mark.parametrize(
+    ("attention", "asked", "budget"),
+    [
+        ("flex", None, 90),
+        ("segments", None, 90),
+        ("masked", None, 40),
+        ("segments", 500, 500),
+        ("masked", 500, 40),
+    ],
+)
+def test_a_pass_is_kept_small_only_under_one_mask(attention, asked, budget):
+    tuning = replace(TUNING, tokens=90, masked_tokens=40)
+    packed = PackedModel(tiny("llama", "sdpa"), tuning, attention=attention)
+    assert packed.token_budget(asked) == budget
 
 
 @pytest.mark.parametrize(("architecture", "attention"), WAYS)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import torch
 
-from lm_eval_lora_ensemble.scoring.forward import KeyValues, PackedModel, Stream
+from lm_eval_lora_ensemble.scoring.forward import KeyValues, PackedModel, Stream, first_of
 from lm_eval_lora_ensemble.scoring.passes import Pass, Passes
 from lm_eval_lora_ensemble.tree.requests import TokenRequest
 from lm_eval_lora_ensemble.tree.rows import IntArray, lay_out
@@ -75,9 +75,9 @@ class PromptReader:
         row = lay_out(reading.trie, one.start, one.stop)
         stream = Stream(row, one.prefix, np.arange(len(row)), model.device)
         path = torch.from_numpy(row.paths[one.stop - 1][: reading.passes.shared_with_next(one.stop)])
-        rows, places = reading.rows(one, row.paths)
-        last = torch.from_numpy(places[:, -1] - one.prefix)
-        prefixes = [_at(kept, torch.arange(one.prefix)) for kept in before]
+        rows, places = (x.to(model.device) for x in reading.rows(one, row.paths))
+        last = places[:, -1] - one.prefix
+        prefixes = [first_of(kept, one.prefix) for kept in before]
         shared, of_all = model.shared_hidden(stream, prefixes[0])
         after = []
         for member in range(self._n_members):
@@ -108,8 +108,8 @@ class _Reading:
         self._count = count
         self._longest = max(map(len, texts))
 
-    def rows(self, one: Pass, paths: Mapping[int, IntArray]) -> tuple[IntArray, IntArray]:
-        """Return the prompts of a pass, and the places of their tokens [prompts, L], its last token in column L − 1."""
+    def rows(self, one: Pass, paths: Mapping[int, IntArray]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the prompts of a pass, and the places of their tokens [prompts, L], the last ones in column L − 1."""
         rows, places = [], []
         for sequence in range(one.start, one.stop):
             padded = np.zeros(self._longest, dtype=np.int64)
@@ -118,16 +118,22 @@ class _Reading:
                 if prompt < self._count:
                     rows.append(prompt)
                     places.append(padded)
-        return np.array(rows, dtype=np.int64), np.array(places, dtype=np.int64).reshape(-1, self._longest)
+        of_prompts = np.array(places, dtype=np.int64).reshape(-1, self._longest)
+        return torch.tensor(rows, dtype=torch.long), torch.from_numpy(of_prompts)
 
     def note(
-        self, member: int, rows: IntArray, places: IntArray, log_probs: torch.Tensor, of_pass: KeyValues
+        self,
+        member: int,
+        rows: torch.Tensor,
+        places: torch.Tensor,
+        log_probs: torch.Tensor,
+        of_pass: KeyValues,
     ) -> None:
         """Write what a member knows of some prompts into their rows."""
         if len(self.log_probs) == member:
             self.log_probs.append(log_probs.new_empty(self._count, log_probs.shape[1]))
             self.key_values.append({})
-        self.log_probs[member][torch.from_numpy(rows).to(log_probs.device)] = log_probs
+        self.log_probs[member][rows.to(log_probs.device)] = log_probs
         of_member = self.key_values[member]
         for layer, states in of_pass.items():
             if layer not in of_member:
@@ -136,8 +142,7 @@ class _Reading:
                 )
                 of_member[layer] = keys, values
             for whole, new in zip(of_member[layer], states, strict=True):
-                at = torch.from_numpy(places).to(new.device)
-                whole[torch.from_numpy(rows).to(new.device)] = new[0][:, at].transpose(0, 1)
+                whole[rows.to(new.device)] = new[0][:, places.to(new.device)].transpose(0, 1)
 
 
 def _at(kept: KeyValues, places: torch.Tensor) -> KeyValues:

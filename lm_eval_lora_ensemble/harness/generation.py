@@ -207,9 +207,7 @@ class TextGenerator:
         packed = lm._packed_models.choose(longest)
         if isinstance(packed, str):
             return None
-        return PromptReader(
-            packed, lm._activate, n_members=lm.n_members, token_budget=packed.tokens_of_a_pass
-        )
+        return PromptReader(packed, lm._activate, n_members=lm.n_members, token_budget=packed.token_budget())
 
     def _way(self) -> Way:
         """Return how these members run, tried once for an ensemble."""

@@ -9,7 +9,7 @@ require_lm_eval()
 
 import functools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,11 +29,12 @@ from lm_eval_lora_ensemble.harness.cache import claim_cache, read_older_scores, 
 from lm_eval_lora_ensemble.harness.generation import TextGenerator
 from lm_eval_lora_ensemble.harness.provenance import (
     calibration_in_use,
-    calibration_of,
     device_name,
+    manifest_at,
     member_in_results,
     method_of,
     recipe_of,
+    scale_in_use,
     versions,
 )
 from lm_eval_lora_ensemble.harness.saving import save_runs_whole
@@ -124,10 +125,10 @@ class LoraEnsembleLM(HFLM):
         self._model: Any = None  # lm-eval's name for the model; HFLM sets it
         self.average: Average = average
         self.generation_average: GenerationAverage = generation_average
-        self.recipe = recipe_of(DEFAULT_FOLDER if place is None else place)
-        self.method = method_of(DEFAULT_FOLDER if place is None else place)
-        self.calibration = calibration_of(DEFAULT_FOLDER if place is None else place)
-        scale = _scale(temperature, calibration_in_use(self.calibration, self.ensemble))
+        listed = manifest_at(DEFAULT_FOLDER if place is None else place)
+        self.recipe, self.method = recipe_of(listed), method_of(listed)
+        self.calibration = listed.calibration if listed else None
+        scale = scale_in_use(temperature, calibration_in_use(self.calibration, self.ensemble))
         self.work = Work()
         self._used: PackedModel | None = None
         if "revision" not in kwargs and self.ensemble.revision:
@@ -446,8 +447,7 @@ class LoraEnsembleLM(HFLM):
         the longest sequences have, which is what ``hf`` computes at most with that batch size.
         """
         batch_size = override_bs if self.batch_size == "auto" else self.batch_size
-        tokens = max(MIN_TOKENS, int(batch_size) * longest) if batch_size else packed.tuning.tokens
-        return tokens if packed.attention == "segments" else min(tokens, packed.tuning.masked_tokens)
+        return packed.token_budget(max(MIN_TOKENS, int(batch_size) * longest) if batch_size else None)
 
     def _token_request(self, context: list[int], continuation: list[int]) -> TokenRequest:
         if self.backend == "causal":
@@ -481,22 +481,3 @@ class LoraEnsembleLM(HFLM):
             "versions": versions(),
         }
         return info
-
-
-def _scale(temperature: str, calibration: Mapping[str, Any] | None) -> float | None:
-    """Return T of the length-normalised metrics, None to cross-fit it.
-
-    Raises:
-        EnsembleError: an unknown word, or no temperature from validation.
-    """
-    if temperature == "crossfit":
-        return None
-    if temperature != "validation":
-        raise EnsembleError(f"temperature={temperature}: use crossfit or validation")
-    try:
-        return float(calibration["scores"]["chars"]["ensemble"]["temperature"])  # type: ignore[index]
-    except (KeyError, TypeError):
-        raise EnsembleError(
-            "temperature=validation: the ensemble has no temperature for scores by characters with these members; "
-            "`lora-ensemble calibrate ENSEMBLE TASK` writes one"
-        ) from None

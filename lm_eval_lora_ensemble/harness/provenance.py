@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lm_eval_lora_ensemble.ensemble.calibration import Calibration
 from lm_eval_lora_ensemble.ensemble.manifest import FILE_NAME, Manifest
 from lm_eval_lora_ensemble.ensemble.members import Ensemble, Member
+from lm_eval_lora_ensemble.errors import EnsembleError
 
 if TYPE_CHECKING:
     import torch
@@ -43,12 +44,12 @@ def device_name(device: torch.device) -> str:
     return str(device)
 
 
-def calibration_of(adapters: str | Path | Sequence[str | Path]) -> Calibration | None:
-    """Return the temperatures in an ensemble folder's manifest; None without any."""
+def manifest_at(adapters: str | Path | Sequence[str | Path]) -> Manifest | None:
+    """Return an ensemble folder's manifest; None of adapters without one."""
     if not isinstance(adapters, (str, Path)):
         return None
     folder = Path(adapters).expanduser()
-    return Manifest.read(folder).calibration if (folder / FILE_NAME).is_file() else None
+    return Manifest.read(folder) if (folder / FILE_NAME).is_file() else None
 
 
 def calibration_in_use(calibration: Calibration | None, ensemble: Ensemble) -> dict[str, Any] | None:
@@ -58,13 +59,32 @@ def calibration_in_use(calibration: Calibration | None, ensemble: Ensemble) -> d
     return calibration.of_first(len(ensemble.members)).as_mapping()
 
 
-def method_of(adapters: str | Path | Sequence[str | Path]) -> dict[str, Any] | None:
-    """Return how the members in an ensemble folder were drawn; None of members that were trained."""
-    if not isinstance(adapters, (str, Path)):
+def scale_in_use(temperature: str, calibration: Mapping[str, Any] | None) -> float | None:
+    """Return T of the length-normalised metrics, None to cross-fit it.
+
+    Args:
+        temperature: the model argument.
+        calibration: from :func:`calibration_in_use`.
+
+    Raises:
+        EnsembleError: an unknown word, or no temperature from validation.
+    """
+    if temperature == "crossfit":
         return None
-    folder = Path(adapters).expanduser()
-    method = Manifest.read(folder).method if (folder / FILE_NAME).is_file() else None
-    return asdict(method) if method else None
+    if temperature != "validation":
+        raise EnsembleError(f"temperature={temperature}: use crossfit or validation")
+    try:
+        return float(calibration["scores"]["chars"]["ensemble"]["temperature"])  # type: ignore[index]
+    except (KeyError, TypeError):
+        raise EnsembleError(
+            "temperature=validation: the ensemble has no temperature for scores by characters with these members; "
+            "`lora-ensemble calibrate ENSEMBLE TASK` writes one"
+        ) from None
+
+
+def method_of(listed: Manifest | None) -> dict[str, Any] | None:
+    """Return how the members of a manifest were drawn; None of members that were trained."""
+    return asdict(listed.method) if listed and listed.method else None
 
 
 def member_in_results(member: Member) -> dict[str, Any]:
@@ -79,11 +99,7 @@ def member_in_results(member: Member) -> dict[str, Any]:
     }
 
 
-def recipe_of(adapters: str | Path | Sequence[str | Path]) -> dict[str, Any] | None:
-    """Return the recipe in an ensemble folder's manifest, but for where it was written; None without one."""
-    if not isinstance(adapters, (str, Path)):
-        return None
-    folder = Path(adapters).expanduser()
-    if not (folder / FILE_NAME).is_file():
-        return None
-    return {key: value for key, value in Manifest.read(folder).recipe.items() if key != "output"} or None
+def recipe_of(listed: Manifest | None) -> dict[str, Any] | None:
+    """Return the recipe in a manifest, but for where it was written; None without one."""
+    recipe = listed.recipe if listed else {}
+    return {key: value for key, value in recipe.items() if key != "output"} or None

@@ -32,7 +32,7 @@ _WITHOUT_EFFECT = {"dropout", "is_causal", "position_ids", "use_cache", "cache_p
 Attended = tuple[torch.Tensor, torch.Tensor]
 
 
-class UnknownAttentionError(NotImplementedError):
+class UnknownAttentionError(Exception):
     """A model asks for an attention that segments do not have."""
 
 

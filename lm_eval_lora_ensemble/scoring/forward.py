@@ -61,6 +61,13 @@ class PrefixCache(DynamicCache):
         return 0 if keys is None else int(keys[0].shape[2])
 
 
+def first_of(kept: KeyValues, length: int) -> KeyValues:
+    """Return the keys and values of the first ``length`` tokens; nothing for none."""
+    if not length:
+        return {}
+    return {layer: (keys[:, :, :length], values[:, :, :length]) for layer, (keys, values) in kept.items()}
+
+
 class Stream:
     """The tokens of one pass on the model's device.
 
@@ -110,10 +117,13 @@ class PackedModel:
         # the sliding windows that the model has told its attention of, as far as passes have run
         self.windows: set[int] = set()
 
-    @property
-    def tokens_of_a_pass(self) -> int:
-        """How many tokens a pass holds if nobody says otherwise."""
-        return self.tuning.masked_tokens if self.attention == "masked" else self.tuning.tokens
+    def token_budget(self, asked: int | None = None) -> int:
+        """Return how many tokens a pass holds: as many as are asked for, or as the tuning says.
+
+        A masked square grows with the square of a pass, and is kept small whatever is asked for.
+        """
+        tokens = self.tuning.tokens if asked is None else asked
+        return min(tokens, self.tuning.masked_tokens) if self.attention == "masked" else tokens
 
     def shared_hidden(self, stream: Stream, prefix: KeyValues) -> tuple[torch.Tensor | None, KeyValues]:
         """Run the layers that all members share; None if there are none.

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lm_eval_lora_ensemble.scoring.forward import KeyValues, PackedModel, Stream
+from lm_eval_lora_ensemble.scoring.forward import KeyValues, PackedModel, Stream, first_of
 from lm_eval_lora_ensemble.scoring.greedy import MixtureArgmax, settle
 from lm_eval_lora_ensemble.scoring.head import blocks
 from lm_eval_lora_ensemble.scoring.loglikelihood import Score
@@ -55,13 +55,7 @@ class _Kept:
 
     def first(self, length: int) -> _Kept:
         """Return those of the path's first ``length`` tokens."""
-        return _Kept(_first(self.shared, length), [_first(member, length) for member in self.members])
-
-
-def _first(kept: KeyValues, length: int) -> KeyValues:
-    if not length:
-        return {}
-    return {layer: (keys[:, :, :length], values[:, :, :length]) for layer, (keys, values) in kept.items()}
+        return _Kept(first_of(self.shared, length), [first_of(member, length) for member in self.members])
 
 
 class PackedScorer:
