@@ -10,6 +10,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from conftest import PROJECT
+from filelock import FileLock
 from report_fixtures import write_run
 from scipy import special
 
@@ -122,6 +123,12 @@ def test_a_step_runs_once_and_a_failed_one_again(study, tmp_path, capsys):
     assert "[2/2] train/seed_0/two: about" in capsys.readouterr().out
     with pytest.raises(EnsembleError, match="done with other settings"):
         study.running.read_records([_step(study, "pass")], tmp_path)
+
+
+def test_two_processes_do_not_do_each_others_steps(study, tmp_path):
+    with FileLock(tmp_path / ".lock"), pytest.raises(EnsembleError, match="another process runs this study"):
+        study.running.run([_step(study, COUNT)], tmp_path)
+    assert not (tmp_path / "count").exists()
 
 
 def test_what_a_killed_evaluation_left_is_removed_first(study, tmp_path):

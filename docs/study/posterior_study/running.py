@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from lm_eval_lora_ensemble.disk import read_json, write_json
 from lm_eval_lora_ensemble.errors import EnsembleError
@@ -93,12 +94,21 @@ def run(steps: Sequence[Step], output: Path) -> None:
     """Run every step that has no record, in order.
 
     Raises:
-        EnsembleError: a step failed; the message has its last line and where its log is.
+        EnsembleError: a step failed, and the message has its last line and where its log is; or another process is at
+            work in the folder, and two would do each other's steps.
     """
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(output / ".lock", timeout=0):
+            _run_all(steps, output)
+    except Timeout:
+        raise EnsembleError(f"{output}: another process runs this study; wait for it, or end it") from None
+
+
+def _run_all(steps: Sequence[Step], output: Path) -> None:
     records = read_records(steps, output)
     for number, step in enumerate(steps, 1):
-        # read again: another process may be at work on the other methods
-        if step.name in records or step.name in (records := read_records(steps, output)):
+        if step.name in records:
             continue
         left = estimate(steps, records)
         took = f"about {in_words(left[step.name])}, {in_words(sum(left.values()))} for all that is left"
