@@ -156,7 +156,7 @@ class Reader:
         simple = not any(character in script for character in "$|><&;`")
         if simple and all(one[0] in ("lora-ensemble", "lm_eval") for one in words):
             return "".join(self._in_process(one) for one in words)
-        return self._in_shell(script)
+        return in_shell(script, self.folder, OMP_NUM_THREADS="1", PYTHONPATH=str(PROJECT / "tests"))
 
     def _in_process(self, words: list[str]) -> str:
         with _captured() as printed, contextlib.redirect_stderr(printed):
@@ -172,19 +172,24 @@ class Reader:
             main()
         return 0
 
-    def _in_shell(self, script: str) -> str:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT / "tests")}
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", script],
-            cwd=self.folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=400,
-            check=False,
-        )
-        assert done.returncode == 0, f"{script}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
-        return done.stdout
+
+def in_shell(script: str, folder: Path, **environment: str) -> str:
+    """Run a page's commands in a shell and return what they print.
+
+    Raises:
+        AssertionError: one ended with another status than 0.
+    """
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, f"{script}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
 
 
 @contextlib.contextmanager

@@ -1,26 +1,22 @@
-"""The cards: what the Hub reads of them, whose README.md they may replace, whose results they show."""
+"""The cards: what the Hub reads of them, what a reader does, and whose results they show."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-import shutil
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from conftest import DATA
+from card_fixtures import RESAMPLES, card, contents, edit_results, make_place, refused, synthetic, text
 from hub_server import into_cache
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from report_fixtures import write_run
 
-from lm_eval_lora_ensemble import disk, evaluate, load_runs
+from lm_eval_lora_ensemble import evaluate, load_runs
 from lm_eval_lora_ensemble.analysis.result import Settings
-from lm_eval_lora_ensemble.card import readme
 from lm_eval_lora_ensemble.card.subject import base_arguments, hub_name
 from lm_eval_lora_ensemble.cli import main
 from lm_eval_lora_ensemble.ensemble.manifest import FILE_NAME, Manifest, Method, Provenance
@@ -28,51 +24,10 @@ from lm_eval_lora_ensemble.ensemble.members import find_ensemble
 from lm_eval_lora_ensemble.metrics.answers import ANSWER_SCORES
 from lm_eval_lora_ensemble.metrics.strings import quantities
 
-RELEASE = DATA / "release_0_1_0"
-RESAMPLES = 60
-Edit = Callable[[dict], None]
-
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """./ensemble of two trained members with checksums of their README.md, and ./results of it."""
-    for name in ("ensemble", "results"):
-        shutil.copytree(RELEASE / name, tmp_path / name)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def card(*arguments: object, results: Sequence[object] = ("results",)) -> int:
-    return main(["card", "ensemble", *map(str, results), "--resamples", str(RESAMPLES), *map(str, arguments)])
-
-
-def text(path: Path = Path("ensemble")) -> str:
-    return (path / "README.md").read_text(encoding="utf-8")
-
-
-def contents(folder: Path) -> dict[str, str]:
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-def edit_results(folder: Path, edit: Edit) -> None:
-    (file,) = folder.rglob("results_*.json")
-    said = json.loads(file.read_text())
-    edit(said)
-    file.write_text(json.dumps(said))
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object, **keys: object) -> str:
-    before = contents(Path())
-    capsys.readouterr()
-    assert card(*arguments, **keys) == 2
-    assert contents(Path()) == before, "a refusal wrote something"
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    return said
+def place(tmp_path, monkeypatch):
+    return make_place(tmp_path, monkeypatch)
 
 
 # ------------------------------------------------------------------------------------- what the Hub reads
@@ -294,139 +249,6 @@ def test_generated_answers_under_each_filter(place):
     assert "**sums, strict**, 20 generated answers" in text() and "AUROC of answer_nll" in text()
 
 
-# ------------------------------------------------------------------------------------- the folder stays sound
-
-
-def test_check_stays_true_and_the_second_card_is_the_first(place, capsys):
-    before = Manifest.read(Path("ensemble"))
-    assert any(name.endswith("README.md") for entry in before.members for name in entry.files)
-    assert card() == 0 and main(["check", "ensemble"]) == 0
-    after = contents(Path("ensemble"))
-    assert card() == 0 and contents(Path("ensemble")) == after
-    now = Manifest.read(Path("ensemble"))
-    for old, new in zip(before.members, now.members, strict=True):
-        gone = old.files.keys() - new.files.keys()
-        assert gone == {f"{old.folder}/README.md"}
-        entry = json.loads(Path("ensemble", new.folder, "member.json").read_text())
-        assert entry["files"] == new.files
-    assert (now.recipe, now.calibration, now.versions) == (before.recipe, before.calibration, before.versions)
-    assert find_ensemble("ensemble").fingerprint == find_ensemble(RELEASE / "ensemble").fingerprint
-
-
-@pytest.mark.parametrize("after", range(6))
-def test_a_kill_between_two_files_leaves_a_sound_folder(place, monkeypatch, after):
-    """Stopped before each file that is written: `check` holds, and the same command writes the rest."""
-    writes = 0
-    write = disk.write_text
-
-    def stopping(path: Path, content: str) -> None:
-        nonlocal writes
-        if writes == after:
-            raise KeyboardInterrupt
-        writes += 1
-        write(path, content)
-
-    for module in (disk, readme):
-        monkeypatch.setattr(module, "write_text", stopping)
-    assert card() == 130
-    assert main(["check", "ensemble"]) == 0
-    for module in (disk, readme):
-        monkeypatch.setattr(module, "write_text", write)
-    assert card() == 0 and main(["check", "ensemble"]) == 0
-    assert all(readme.is_sealed(text(Path("ensemble", name))) for name in (".", "member_00", "member_01"))
-    for name in ("member_00", "member_01"):
-        assert f'"{name}/README.md"' not in Path("ensemble", name, "member.json").read_text()
-
-
-def test_adapters_from_elsewhere_get_a_manifest(ensemble, llama, place, capsys):
-    """PEFT's own empty README.md goes; the folder can be loaded by Hub id afterwards."""
-    shutil.rmtree("ensemble")
-    shutil.copytree(ensemble, "ensemble")
-    assert all(readme.is_stock(text(Path(f"ensemble/member_{i:02d}"))) for i in range(3))
-    found = find_ensemble("ensemble")
-    results = synthetic(Path("synthetic"), found.base_model, [member.sha256 for member in found.members])
-    assert card(results=[results]) == 0
-    assert len(Manifest.read(Path("ensemble")).members) == 3 and main(["check", "ensemble"]) == 0
-    assert "3 LoRA adapters on tiny-llama. They answer" in text() and "Not known here" in text()
-
-
-def synthetic(
-    folder: Path, base: str, members: list[str], tasks: dict[str, int] | None = None, **keys: object
-) -> Path:
-    """A run that says it scored these members."""
-    said = {
-        "base_model": base,
-        "epoch": None,
-        "fingerprint": "f",
-        "members": [{"sha256": one} for one in members],
-    }
-    config = {"model": "lora-ensemble", "model_args": {"adapters": "there"}, "lora_ensemble": said}
-    return write_run(folder, tasks or {"quiz": 40}, members=max(1, len(members)), config=config, **keys)
-
-
-# ------------------------------------------------------------------------------------ a person's README.md
-
-
-@pytest.mark.parametrize("where", ["", "member_01"])
-def test_a_persons_text_is_never_replaced_unasked(place, capsys, where):
-    path = Path("ensemble", where, "README.md")
-    path.write_text("# What I found out\n")
-    said = refused(capsys)
-    assert str(path) in said and "--force" in said and "--output" in said
-    assert card("--output", "cards") == 0 and path.read_text() == "# What I found out\n"
-    assert readme.is_sealed(text(Path("cards"))) and Manifest.read(Path("cards")).members
-    assert card("--force") == 0 and readme.is_sealed(path.read_text())
-
-
-def test_a_card_that_a_person_changed_is_theirs(place, capsys):
-    assert card() == 0
-    path = Path("ensemble/README.md")
-    path.write_text(path.read_text().replace("## Limits\n", "## Limits\n\n- Not for medicine.\n"))
-    assert "ensemble/README.md was written or changed by somebody" in refused(capsys)
-
-
-def test_line_ends_do_not_count(place):
-    assert card() == 0
-    path = Path("ensemble/README.md")
-    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
-    assert card("--name", "another") == 0 and "# another" in text()
-
-
-def test_what_training_wrote_goes_and_what_was_changed_since_stays(place, capsys):
-    path = Path("ensemble/member_00/README.md")
-    path.write_text(path.read_text() + "\nMy notes.\n")
-    assert "member_00/README.md was written or changed" in refused(capsys)
-
-
-@pytest.mark.parametrize(
-    ("change", "stock"),
-    [
-        (lambda t: t, True),
-        (lambda t: t.replace("\n", "\r\n"), True),
-        (lambda t: t + "\nTrained on my own letters.\n", False),
-        (lambda t: t.replace("[More Information Needed]", "me", 1), False),
-        (lambda t: t.replace("library_name: peft", "library_name: peft\nlicense: mit"), False),
-        (lambda t: t.replace("tags:\n", "tags:\n- my-tag\n"), False),
-        (lambda t: t.replace("---\n", "---\n: [", 1), False),
-    ],
-)
-def test_pefts_empty_template_is_known_by_every_line(ensemble, change, stock):
-    peft = (ensemble / "member_00" / "README.md").read_text()
-    assert "[More Information Needed]" in peft and "tags:\n" in peft
-    assert readme.is_stock(change(peft)) is stock
-
-
-def test_a_link_or_a_folder_in_its_place_is_nobodys_to_replace(place, capsys, tmp_path):
-    path = Path("ensemble/README.md")
-    path.mkdir()
-    refused(capsys)
-    path.rmdir()
-    (place / "elsewhere.md").write_text("mine")
-    path.symlink_to(place / "elsewhere.md")
-    refused(capsys)
-    assert card("--force") == 0 and (place / "elsewhere.md").read_text() == "mine" and not path.is_symlink()
-
-
 # ------------------------------------------------------------------------------------------ whose results
 
 
@@ -523,19 +345,3 @@ def test_names_of_a_base():
     assert hub_name("C:\\hub\\models--org--model\\snapshots\\abc") == "org/model"
     assert hub_name("gpt2") is None and hub_name("/models/gpt2") is None
     assert base_arguments("/x/model", None) == "pretrained=BASE,"
-
-
-def test_another_ensembles_manifest_is_never_replaced(place, capsys):
-    shutil.copytree("ensemble", "other")
-    manifest = Manifest.read(Path("other"))
-    manifest.members.pop()
-    manifest.write(Path("other"))
-    assert "other has the ensemble.json of another ensemble" in refused(
-        capsys, "--output", "other", "--force"
-    )
-    assert card("--output", "cards") == 0 and card("--output", "cards") == 0
-
-
-def test_a_place_that_cannot_be_written(place, capsys):
-    (place / "file").write_text("")
-    assert "cannot write in file/cards: " in refused(capsys, "--output", "file/cards")

@@ -6,13 +6,13 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import PROJECT
+from documented_place import in_shell
 from safetensors.torch import load_file
 
 PAGE = (PROJECT / "docs" / "extend.md").read_text(encoding="utf-8")
@@ -35,27 +35,16 @@ def folder(tmp_path_factory, ensemble) -> Path:
 
 
 def run(command: str, place: Path) -> str:
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(place / "installed"),
-        "PIP_TARGET": str(place / "installed"),
-        "PIP_NO_INDEX": "1",
-        "PIP_NO_BUILD_ISOLATION": "0",  # pip reads it as the flag's value: no isolation
-        "COLUMNS": "200",
-    }
-    done = subprocess.run(
+    return in_shell(
         command,
-        shell=True,
-        cwd=place,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+        place,
+        PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        PYTHONPATH=str(place / "installed"),
+        PIP_TARGET=str(place / "installed"),
+        PIP_NO_INDEX="1",
+        PIP_NO_BUILD_ISOLATION="0",  # pip reads it as the flag's value: no isolation
+        COLUMNS="200",
     )
-    assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
-    return done.stdout
 
 
 def test_the_page_has_the_files_and_commands_that_this_test_runs():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from lm_eval_lora_ensemble.analysis.distribution import Distribution
 from lm_eval_lora_ensemble.analysis.result import Settings
 from lm_eval_lora_ensemble.analysis.runs import Run, load_runs, merge_runs
 from lm_eval_lora_ensemble.analysis.strings import StringResult, evaluate_strings
-from lm_eval_lora_ensemble.ensemble.adapters.folder import CONFIG, WEIGHTS
+from lm_eval_lora_ensemble.ensemble.adapters.folder import CONFIG, WEIGHTS, adapter_sha256
 from lm_eval_lora_ensemble.ensemble.manifest import Manifest
 from lm_eval_lora_ensemble.ensemble.members import Ensemble, same_model
 from lm_eval_lora_ensemble.errors import EnsembleError, one_line
@@ -174,9 +173,9 @@ def _kept_adapters(listed: Manifest, epoch: int) -> set[str]:
     """Return the checksums of the members' adapters of an epoch, as loading them would find."""
     found = set()
     for entry in listed.members:
-        parts = [entry.files.get(f"{entry.epochs.get(epoch)}/{name}") for name in (CONFIG, WEIGHTS)]
-        if None not in parts:
-            found.add(hashlib.sha256("".join(map(str, parts)).encode()).hexdigest())
+        config, weights = (entry.files.get(f"{entry.epochs.get(epoch)}/{name}") for name in (CONFIG, WEIGHTS))
+        if config is not None and weights is not None:
+            found.add(adapter_sha256(config, weights))
     return found
 
 

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_lora_ensemble.card.results import RunResults
+from lm_eval_lora_ensemble.ensemble.hub import HUB_ID
 from lm_eval_lora_ensemble.ensemble.manifest import Manifest, MemberEntry
 from lm_eval_lora_ensemble.ensemble.members import same_model
 from lm_eval_lora_ensemble.errors import EnsembleError, one_line
-
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,8 @@ from lm_eval_lora_ensemble.ensemble.adapters.folder import CONFIG, POSTERIOR, WE
 from lm_eval_lora_ensemble.ensemble.manifest import FILE_NAME, Manifest, MemberEntry
 from lm_eval_lora_ensemble.errors import EnsembleError
 
-_HUB_ID = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w./-]*))?")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_WITH_REVISION = re.compile(rf"(?P<repository>{HUB_ID.pattern})(?:@(?P<revision>\w[\w./-]*))?")
 _TOKENIZER = "tokenizer*.json"
 
 
@@ -55,7 +56,7 @@ def fetch(name: str, *, epoch: int | None = None, everything: bool = False) -> P
             repository holds neither an adapter nor an ensemble.
     """
     refuse_missing_folder(name, "adapter folder")
-    found = _HUB_ID.fullmatch(name)
+    found = _WITH_REVISION.fullmatch(name)
     if not found:
         raise EnsembleError(f"no adapter folder {name!r} here ({Path.cwd()}); check the path")
     repository, revision = found["repository"], found["revision"]

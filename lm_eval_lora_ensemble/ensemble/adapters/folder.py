@@ -140,5 +140,11 @@ def check_adapter(folder: Path, root: Path) -> Adapter:
     """
     config = check_config(folder, root)
     weights = read_weights(folder / WEIGHTS, config)
-    parts = [sha256(folder / name) for name in (CONFIG, WEIGHTS)]
-    return Adapter(folder, config, weights, hashlib.sha256("".join(parts).encode()).hexdigest())
+    return Adapter(
+        folder, config, weights, adapter_sha256(*(sha256(folder / name) for name in (CONFIG, WEIGHTS)))
+    )
+
+
+def adapter_sha256(config: str, weights: str) -> str:
+    """Return an adapter's checksum from those of its configuration and its weights."""
+    return hashlib.sha256(f"{config}{weights}".encode()).hexdigest()
