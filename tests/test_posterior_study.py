@@ -34,12 +34,13 @@ def study():
     """The modules of docs/study, which is no package that anybody installs."""
     sys.path.insert(0, str(PROJECT / "docs" / "study"))
     try:
-        from posterior_study import figure, methods, page, plan, results, running
+        from posterior_study import figure, methods, page, plan, results
+        from stepwise import page as markdown
+        from stepwise import running, values
     finally:
         sys.path.pop(0)
-    return type(
-        "Modules", (), {m.__name__.split(".")[-1]: m for m in (figure, methods, page, plan, results, running)}
-    )
+    modules = (figure, methods, page, plan, results, running, values)
+    return type("Modules", (), {"markdown": markdown, **{m.__name__.split(".")[-1]: m for m in modules}})
 
 
 def test_the_page_has_the_methods_and_nothing_made_by_hand(study):
@@ -51,7 +52,7 @@ def test_the_page_has_the_methods_and_nothing_made_by_hand(study):
     )
     assert "A trial" not in page
     whole = study.page.filled(page, None)
-    assert all(f"posteriors: {name} -->\n{study.page.NOT_RUN}" in whole for name in study.page.BLOCKS)
+    assert all(f"posteriors: {name} -->\n{study.markdown.NOT_RUN}" in whole for name in study.page.BLOCKS)
 
 
 def test_one_seed_of_the_cheap_methods_comes_first_and_every_step_follows_what_it_needs(study):
@@ -102,7 +103,7 @@ def test_sizes_that_are_none_are_one_line(study, sizes, words):
 
 
 def _step(study, code, name="train/seed_0/one", **more):
-    return study.plan.Step(name, "train", ("-c", code, "{output}"), 30.0, **more)
+    return study.running.Step(name, "train", ("-c", code, "{output}"), 30.0, **more)
 
 
 COUNT = "import sys, pathlib; p = pathlib.Path(sys.argv[1]) / 'count'; p.open('a').write('x')"
@@ -140,7 +141,7 @@ def test_what_a_killed_evaluation_left_is_removed_first(study, tmp_path):
 
 
 def test_the_estimate_goes_by_what_was_measured(study):
-    Step, Record = study.plan.Step, study.running.Record
+    Step, Record = study.running.Step, study.running.Record
     steps = [
         Step(n, kind, (), guess) for n, kind, guess in [("a", "x", 5.0), ("b", "x", 20.0), ("c", "x", 50.0)]
     ]
@@ -271,9 +272,9 @@ def test_best_is_what_every_paired_interval_says(study):
             other = np.random.default_rng(seed + 1).normal(size=(300, 4)) * jitter
             p = Predictions.from_scores(noise + other + lead * np.eye(4)[gold], gold)
             parts[seed] = bootstrap(Battery(p, 15, ("nll",)), SETTINGS.plan("task", p))
-        return study.results.Judged(parts, SETTINGS)
+        return study.values.Judged(parts, SETTINGS)
 
-    best = study.results.best
+    best = study.values.best
     assert best({"a": judged(1.0), "b": judged(1.2)}, "nll", "lower") == "b"
     assert best({"a": judged(1.0), "b": judged(1.0)}, "nll", "lower") is None
     assert best({"a": judged(1.0), "b": judged(1.2)}, "nll", "") is None

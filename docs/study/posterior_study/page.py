@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from stepwise.page import filled as fill
+from stepwise.page import shown, table, time_and_machine
+from stepwise.values import Judged, best
+
 from lm_eval_lora_ensemble.errors import EnsembleError
-from lm_eval_lora_ensemble.report.leaderboard import display
 from posterior_study.figure import NAME, tasks_drawn
 from posterior_study.methods import DEEP, IN_DOMAIN, METHODS, POINT
 from posterior_study.plan import steps
-from posterior_study.results import (
-    BESIDE,
-    DETECTION,
-    JUDGED,
-    PRIMARY,
-    Judged,
-    Study,
-    Value,
-    best,
-    direction_of,
-)
-from posterior_study.running import estimate, in_words
+from posterior_study.results import BESIDE, DETECTION, JUDGED, PRIMARY, Study, direction_of
 
 PAGE = Path(__file__).resolve().parents[2] / "posteriors.md"
 
-NOT_RUN = "*Not run yet.*\n"
 DIFFERENCES = ("accuracy", "nll", "ece", "brier_score", "error_auroc_entropy", DETECTION)
 SCALES = ("accuracy", "nll", "ece")
 HEADS = {
@@ -37,17 +26,15 @@ HEADS = {
     DETECTION: "OOD AUROC of entropy",
 }
 _ARROWS = {"higher": " ↑", "lower": " ↓", "": ""}
-_PLACE = re.compile(r"(<!-- posteriors: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def filled(page: str, study: Study | None) -> str:
     """Return the page with every block between its markers as the results have it; None is no results."""
 
-    def fill(place: re.Match[str]) -> str:
-        text = methods() if place[2] == "methods" else (BLOCKS[place[2]](study) if study else "") or NOT_RUN
-        return place[1] + text + place[3]
+    def made(block: Callable[[Study], str]) -> Callable[[], str]:
+        return lambda: block(study) if study else ""
 
-    return _PLACE.sub(fill, page)
+    return fill(page, "posteriors", {"methods": methods, **{name: made(of) for name, of in BLOCKS.items()}})
 
 
 def methods() -> str:
@@ -57,7 +44,7 @@ def methods() -> str:
         [f"`{method.name}`", method.title, sources[method.source] if method.is_drawn else "is trained"]
         for method in METHODS.values()
     ]
-    return _table(["method", "what it is here", "drawn from"], rows, numbers=False)
+    return table(["method", "what it is here", "drawn from"], rows, numbers=False)
 
 
 def what_was_run(study: Study) -> str:
@@ -65,23 +52,12 @@ def what_was_run(study: Study) -> str:
     if not study.records:
         return ""
     every, sizes = steps(study.sizes), study.sizes
-    took = sum(record.seconds for record in study.records.values())
-    worked = sum(record.cost for record in study.records.values())
-    left = estimate(every, study.records)
-    machines = dict.fromkeys(
-        ", ".join(f"{key} {value}" for key, value in record.machine.items())
-        for record in study.records.values()
-    )
     documents = ", ".join(f"{task} {number}" for task, number in sizes.documents.items())
-    at_least = "at least " if any(record.interrupted for record in study.records.values()) else ""
     lines = [
         *(["**A trial: its numbers say nothing.**", ""] if sizes.is_trial else []),
         f"* Documents: {documents}. Temperatures: {sizes.validation} documents of {IN_DOMAIN}'s validation split.",
         f"* Training: {sizes.training_steps} steps of four documents, {sizes.dtype}.",
-        *(f"* Machine: {machine}." for machine in machines),
-        f"* Steps: {len(study.records)} of {len(every)}, {at_least}{in_words(took)} by the clock, "
-        + f"{in_words(worked)} of one core. "
-        + (f"Left: about {in_words(sum(left.values()))}." if left else "Nothing is left."),
+        *time_and_machine(every, study.records),
         "",
     ]
     counts = list(dict.fromkeys(members for members, _ in sizes.columns()))
@@ -93,7 +69,7 @@ def what_was_run(study: Study) -> str:
             whole = [s for s in seeds if all(s in study.done(members, name, t) for t in sizes.documents)]
             cells.append(f"{len(whole)} of {len(seeds)}" if whole else "not run yet")
         rows.append([f"`{name}`", *cells])
-    return "\n".join(lines) + "\n" + _table(["seeds evaluated", *(f"N = {n}" for n in counts)], rows)
+    return "\n".join(lines) + "\n" + table(["seeds evaluated", *(f"N = {n}" for n in counts)], rows)
 
 
 def primary(study: Study) -> str:
@@ -109,7 +85,7 @@ def primary(study: Study) -> str:
             [f"`{name}`", *(_cell(of.get(name), m, bold=leaders[m] == name) for m, of in columns.items())]
             for name in judged
         ]
-        return _table(["", *map(_head, columns)], rows)
+        return table(["", *map(_head, columns)], rows)
 
     return _by_task(study, of_task)
 
@@ -139,7 +115,7 @@ def differences(study: Study) -> str:
                 for m, gain in gains.items()
             ]
             rows.append([f"`{name}`", *cells])
-        return _table(["minus `map`", *map(_head, columns)], rows) if rows else ""
+        return table(["minus `map`", *map(_head, columns)], rows) if rows else ""
 
     return _by_task(study, of_task)
 
@@ -162,7 +138,7 @@ def scales(study: Study) -> str:
             [f"`{name}`", *(_cell(of.get(name), m) for of in by_scale.values() for m in SCALES)]
             for name in names
         ]
-        return (_table(["", *head], rows) if rows else "") + "".join(f"\n{note}" for note in notes)
+        return (table(["", *head], rows) if rows else "") + "".join(f"\n{note}" for note in notes)
 
     return _by_task(study, of_task)
 
@@ -188,7 +164,7 @@ def costs(study: Study) -> str:
                 rows.append([f"`{name}`", *cells, str(len(shares["training"]))])
         if rows:
             head = [f"N = {members}", "training", "drawing", "evaluation", "seeds"]
-            text.append(_table(head, rows))
+            text.append(table(head, rows))
     return "\n".join(text)
 
 
@@ -225,22 +201,9 @@ def _minus(judged: Mapping[str, Judged], name: str) -> Judged | None:
 def _cell(judged: Judged | None, metric: str, *, bold: bool = False) -> str:
     if judged is None or metric not in judged.metrics:
         return "–"
-    shown = _shown(judged.value(metric))
-    return f"**{shown}**" if bold else shown
-
-
-def _shown(value: Value) -> str:
-    """Show a value, its interval, and its deviation over seeds where there are several."""
-    text = display(value.value)
-    if not math.isnan(value.low):
-        text += f" [{display(value.low)}, {display(value.high)}]"
-    return text if math.isnan(value.deviation) else f"{text} ± {display(value.deviation)}"
+    text = shown(judged.value(metric))
+    return f"**{text}**" if bold else text
 
 
 def _head(metric: str) -> str:
     return HEADS.get(metric, metric) + _ARROWS[direction_of(metric)]
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = True) -> str:
-    aligned = ["---", *["---:" if numbers else "---"] * (len(head) - 1)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in [head, aligned, *rows])

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from stepwise.running import Step
+
 from lm_eval_lora_ensemble.errors import EnsembleError, nearest
 from posterior_study.methods import DEEP, IN_DOMAIN, METHODS, POINT, Method
 
@@ -72,25 +74,6 @@ class Sizes:
         """Return (number of members, seed) of everything, in the order it is run."""
         first, *more = self.members
         return [(first, seed) for seed in range(self.seeds)] + [(n, 0) for n in more]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One command that is run once.
-
-    Attributes:
-        name: its record's, a path below ``records``.
-        kind: what it does, to what: steps of one kind are slower than guessed by one factor.
-        command: Python's arguments; paths begin with ``{output}``.
-        guess: seconds on two cores with AVX2 in float32.
-        writes: a folder that must be empty before it begins, below the output; "" where the command itself goes on.
-    """
-
-    name: str
-    kind: str
-    command: tuple[str, ...]
-    guess: float
-    writes: str = ""
 
 
 def steps(sizes: Sizes) -> list[Step]:

@@ -1,7 +1,7 @@
 """Run the steps that have no record yet, one by one; say what is left and how long that will take.
 
 In the output folder, ``records`` has a file for each step that is done: its command, seconds, machine and versions;
-``logs`` has what each step printed; ``train``, ``drawn`` and ``results`` are what the steps write.
+``logs`` has what each step printed; what the steps write is beside them.
 """
 
 from __future__ import annotations
@@ -24,10 +24,28 @@ from filelock import FileLock, Timeout
 
 from lm_eval_lora_ensemble.disk import read_json, write_json
 from lm_eval_lora_ensemble.errors import EnsembleError
-from posterior_study.plan import Step
 
 _PACKAGES = ("lm-eval-lora-ensemble", "lm-eval", "torch", "transformers", "peft")
 _MAX_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command that is run once.
+
+    Attributes:
+        name: its record's, a path below ``records``.
+        kind: what it does, to what: steps of one kind are slower than guessed by one factor.
+        command: Python's arguments; paths begin with ``{output}``.
+        guess: seconds on two cores with AVX2 in float32.
+        writes: a folder that must be empty before it begins, below the output; "" where the command itself goes on.
+    """
+
+    name: str
+    kind: str
+    command: tuple[str, ...]
+    guess: float
+    writes: str = ""
 
 
 @dataclass(frozen=True)

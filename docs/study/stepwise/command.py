@@ -1,0 +1,117 @@
+"""The command of a study: plan, run what is left, write tables; shared by the scripts beside this folder."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
+
+import torch
+
+from lm_eval_lora_ensemble.errors import (
+    EXIT_CODE,
+    INTERRUPTED_EXIT_CODE,
+    EnsembleError,
+    error_line,
+    interruption_line,
+)
+from lm_eval_lora_ensemble.precision import fast_dtype
+from stepwise.running import Step, estimate, in_words, read_records, run
+
+
+class Sizes(Protocol):
+    """What is asked for."""
+
+    @property
+    def is_trial(self) -> bool:
+        """Whether something is smaller than in the study itself, so that its numbers say nothing."""
+
+
+S = TypeVar("S", bound=Sizes)
+
+
+@dataclass(frozen=True)
+class Script(Generic[S]):
+    """One study's own part.
+
+    Attributes:
+        page: of docs/, that ``--publish`` writes.
+        sizes: from the arguments; raises EnsembleError for what is no size.
+        steps: all of them, in order.
+        write: page and figures into a folder, from sizes and the study's folder.
+    """
+
+    page: Path
+    sizes: Callable[[argparse.Namespace], S]
+    steps: Callable[[S], Sequence[Step]]
+    write: Callable[[S, Path, Path], None]
+
+
+def parser(description: str | None, *, seeds: int, page: Path) -> argparse.ArgumentParser:
+    """Return what every study's command takes."""
+    found = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    found.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="of everything")
+    found.add_argument("--seeds", type=int, default=seeds, help="replicates (default: %(default)s)")
+    found.add_argument(
+        "--dtype", default="auto", help="of the base; auto is bfloat16 where it is fast, else float32"
+    )
+    found.add_argument("--plan", action="store_true", help="print the steps and their time, run nothing")
+    found.add_argument("--tables", action="store_true", help="write the tables of what is there, run nothing")
+    found.add_argument(
+        "--publish", action="store_true", help=f"write the tables into {page.name} of docs/ too"
+    )
+    return found
+
+
+def dtype_of(arguments: argparse.Namespace) -> str:
+    """Return the dtype's name; ``auto`` is what the hardware multiplies fast."""
+    if arguments.dtype != "auto":
+        return str(arguments.dtype)
+    return str(fast_dtype("cuda" if torch.cuda.is_available() else "cpu")).removeprefix("torch.")
+
+
+def main(script: Script[S], arguments: argparse.Namespace) -> None:
+    """Plan, run or write.
+
+    Raises:
+        EnsembleError: sizes that are none, a step that failed, or results of other settings.
+    """
+    sizes, output = script.sizes(arguments), arguments.output.expanduser().absolute()
+    if arguments.publish and sizes.is_trial:
+        raise EnsembleError(
+            f"--publish: a trial says nothing; {script.page.name} has results of full size only"
+        )
+    every = script.steps(sizes)
+    if arguments.plan:
+        _plan(every, output)
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    if not arguments.tables:
+        run(every, output)
+    for folder in [output, *([script.page.parent] if arguments.publish else [])]:
+        script.write(sizes, output, folder)
+        print(f"Tables: {folder / script.page.name}")
+
+
+def serve(script: Script[S], arguments: argparse.Namespace) -> None:
+    """Run :func:`main` as a command: what goes wrong is one line and an exit code."""
+    try:
+        main(script, arguments)
+    except EnsembleError as error:
+        print(error_line(error), file=sys.stderr)
+        sys.exit(EXIT_CODE)
+    except KeyboardInterrupt:
+        print(interruption_line("what is done is kept; the same command goes on"), file=sys.stderr)
+        sys.exit(INTERRUPTED_EXIT_CODE)
+
+
+def _plan(every: Sequence[Step], output: Path) -> None:
+    left = estimate(every, read_records(every, output))
+    for step in every:
+        print(f"{in_words(left[step.name]) if step.name in left else 'done':>8}  {step.name}")
+    print(f"{len(left)} of {len(every)} steps are left, about {in_words(sum(left.values()))}")
