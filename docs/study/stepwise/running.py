@@ -27,6 +27,7 @@ from lm_eval_lora_ensemble.errors import EnsembleError
 
 _PACKAGES = ("lm-eval-lora-ensemble", "lm-eval", "torch", "transformers", "peft")
 _MAX_BYTES = 1 << 20
+_STUDY = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Step:
     Attributes:
         name: its record's, a path below ``records``.
         kind: what it does, to what: steps of one kind are slower than guessed by one factor.
-        command: Python's arguments; paths begin with ``{output}``.
+        command: Python's arguments; paths begin with ``{output}``, or with ``{study}`` for the folder of the scripts.
         guess: seconds on two cores with AVX2 in float32.
         writes: a folder that must be empty before it begins, below the output; "" where the command itself goes on.
     """
@@ -53,7 +54,7 @@ class Record:
     """What is known of a step that is done.
 
     Attributes:
-        command: with ``{output}`` for the folder, which may have moved.
+        command: as the step's, for folders may have moved.
         seconds: by the clock, start-up included; of the last attempt.
         cost: seconds of all cores together, which others on the machine hardly change; on a GPU by the clock.
         interrupted: whether there was an attempt before, whose time is not counted.
@@ -180,7 +181,7 @@ def _run(step: Step, output: Path) -> Record:
     attempt.touch()
     if step.writes:
         shutil.rmtree(output / step.writes, ignore_errors=True)
-    command = [word.replace("{output}", str(output)) for word in step.command]
+    command = [word.replace("{output}", str(output)).replace("{study}", str(_STUDY)) for word in step.command]
     began, spent = time.perf_counter(), _processor_seconds()
     with log.open("a", encoding="utf-8") as lines:
         ended = subprocess.run([sys.executable, *command], stdout=lines, stderr=lines, check=False)

@@ -24,14 +24,26 @@ class Value:
         value: the mean over seeds.
         low, high: over documents, and over seeds too where there are several.
         deviation: standard deviation over seeds; NaN for one.
-        excludes_zero: whether every interval of it does, Student's over seeds included.
+        student: Student's interval over seeds; NaN for one.
     """
 
     value: float
     low: float
     high: float
-    deviation: float
-    excludes_zero: bool
+    deviation: float = math.nan
+    student: tuple[float, float] = (math.nan, math.nan)
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """The ends of all its intervals together; NaN where it has none."""
+        lows, highs = (self.low, self.student[0]), (self.high, self.student[1])
+        return float(np.fmin(*lows)), float(np.fmax(*highs))
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether every interval of it does, Student's over seeds included."""
+        low, high = self.limits
+        return low > 0 or high < 0
 
 
 @dataclass(frozen=True)
@@ -52,14 +64,12 @@ class Judged:
         if len(parts) == 1:
             estimate = parts[0].estimate(metric)
             low, high, _ = estimate.quoted
-            return Value(estimate.value, low, high, math.nan, low > 0 or high < 0)
+            return Value(estimate.value, low, high)
         resampled = np.stack([part.resampled[metric] for part in parts])
         found = spread(
             [part.value[metric] for part in parts], resampled, self.settings.level, self.settings.seed
         )
-        low, high = found.two_way
-        excludes = all(one > 0 or other < 0 for one, other in (found.t, found.two_way))
-        return Value(found.mean, low, high, found.standard_deviation, excludes)
+        return Value(found.mean, *found.two_way, found.standard_deviation, found.t)
 
     def minus(self, other: Judged) -> Judged | None:
         """Return the difference, paired by document and by seed; None where no seed has both."""
