@@ -35,7 +35,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_lora_ensemble.cli import main
 from lm_eval_lora_ensemble.ensemble.adapters.config import _RULES
@@ -283,6 +285,34 @@ def test_every_genuine_kind_scores_as_hf_with_each_adapter(llama, tmp_path, kind
         theirs.append(hf.loglikelihood([REQUEST], disable_tqdm=True)[0][0])
     assert theirs[0] != theirs[1]
     np.testing.assert_allclose(loglikelihoods(adapters), theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+    ],
+    ids=["adapted", "saved", "embeddings"],
+)
+def test_a_head_that_is_tied_to_the_embeddings_scores_as_peft_itself(tmp_path, lora):
+    """``hf`` ends in a KeyError when it ties the weights of a wrapped head, so PEFT alone is the reference."""
+    base = tiny_model(tmp_path / "base", "llama", tie_word_embeddings=True)
+    adapters = random_adapters(base, tmp_path / "ensemble", 2, spread=0.1, **lora)
+    for seed, member in enumerate(sorted(adapters.iterdir())):
+        train_the_rest(member, seed)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    context, whole = (tokenizer(text)["input_ids"] for text in (REQUEST.args[0], "".join(REQUEST.args)))
+    expected = []
+    for member in sorted(adapters.iterdir()):
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), member).eval()
+        with torch.no_grad():
+            logits = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+        following = range(len(context), len(whole))
+        expected.append(sum(float(logits[at - 1, whole[at]]) for at in following))
+    assert expected[0] != expected[1]
+    np.testing.assert_allclose(loglikelihoods(adapters), expected, atol=1e-4)
 
 
 def test_embeddings_that_all_members_share_are_accepted(folder):

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 
 from lm_eval_lora_ensemble.ensemble.adapters.fit import check_fit, check_loaded
@@ -44,7 +46,18 @@ def attach_members(model: Any, base: str, members: Sequence[Member]) -> tuple[An
             ) from error
         check_loaded(model, name, member.folder)
         names.append(name)
+    _keep_tied(model)
     return model, names
+
+
+def _keep_tied(model: Any) -> None:
+    """Let lm-eval tie the weights of a model whose head is wrapped: the base model's are, since it was loaded.
+
+    transformers ties by setting ``lm_head.weight``, which a wrapped head has as a property, and ends in a KeyError.
+    """
+    head = model.get_output_embeddings()
+    if isinstance(head, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        model.tie_weights = lambda *_, **__: None
 
 
 def twins(members: Sequence[Member]) -> dict[str, str]:
