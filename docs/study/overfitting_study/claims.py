@@ -36,6 +36,13 @@ Side = Literal["higher", "lower", "same"]
 
 APPEARS, NOT, UNDECIDED = "appears", "does not", "undecided"
 
+_GAINS: tuple[tuple[str, str, Side, float], ...] = (
+    ("nll", "nll", "lower", 0.01),
+    ("brier_score", "Brier score", "lower", 0.005),
+    ("ece", "ece", "lower", 0.01),
+    ("accuracy", "accuracy", "higher", 0.01),
+)
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -94,14 +101,9 @@ def _averaging(sizes: Sizes) -> Iterator[Claim]:
     for task in (IN_DOMAIN, *OUTSIDE):
         of = last(FREE, task, sizes)
         gain = Difference(Ensemble(of), MeanMember(of))
-        for metric, side, matters in (
-            ("nll", "lower", 0.01),
-            ("brier_score", "lower", 0.005),
-            ("ece", "lower", 0.01),
-            ("accuracy", "higher", 0.01),
-        ):
-            words = f"{task}: the ensemble's {_NAMES[metric]} is {side} than a member's"
-            yield Claim("averaging", words, gain, metric, side, matters, of.documents)  # type: ignore[arg-type]
+        for metric, name, side, matters in _GAINS:
+            words = f"{task}: the ensemble's {name} is {side} than a member's"
+            yield Claim("averaging", words, gain, metric, side, matters, of.documents)
 
 
 def _enough(sizes: Sizes) -> Iterator[Claim]:
@@ -180,6 +182,3 @@ def _domains(sizes: Sizes) -> Iterator[Claim]:
 
 def _gain(of: Of) -> Measure:
     return Difference(Ensemble(of), MeanMember(of))
-
-
-_NAMES = {"nll": "nll", "brier_score": "Brier score", "ece": "ece", "accuracy": "accuracy"}

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lm_eval_lora_ensemble.analysis.distribution import Distribution
 from lm_eval_lora_ensemble.figures.style import BAND, BLACK, look, styled
 from overfitting_study.claims import OUTSIDE
 from overfitting_study.plan import EPOCHS, FOREIGN, IN_DOMAIN, PENALTIES
@@ -66,13 +67,13 @@ def _figure(study: Study) -> Figure:
 
 
 def _course(
-    panel: Axes, study: Study, penalty: str, metric: str, view: object, number: int, *, whole: bool
+    panel: Axes, study: Study, penalty: str, metric: str, view: Distribution, number: int, *, whole: bool
 ) -> None:
     epochs, values = [], []
     for epoch in EPOCHS:
         of = by_epoch(penalty, epoch, IN_DOMAIN, study.sizes)
         measure: Measure = Ensemble(of) if whole else MeanMember(of)
-        judged = study.judge(measure, view)  # type: ignore[arg-type]
+        judged = study.judge(measure, view)
         if judged is not None:
             epochs.append(epoch)
             values.append(judged.value(metric))

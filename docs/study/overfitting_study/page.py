@@ -8,6 +8,7 @@ from pathlib import Path
 from stepwise.page import filled as fill
 from stepwise.page import shown, table, time_and_machine
 
+from lm_eval_lora_ensemble.analysis.distribution import Distribution
 from overfitting_study.claims import END, FREE, OUTSIDE, claims
 from overfitting_study.figure import NAME, has_something
 from overfitting_study.plan import EPOCHS, FOREIGN, IN_DOMAIN, PENALTIES, PRIOR, steps
@@ -163,8 +164,8 @@ def _views() -> Sequence[str]:
     return ["per character, T from validation", "summed, T = 1", "per character, oracle"]
 
 
-def _value(study: Study, measure: Measure, metric: str, view: object = PRIMARY) -> str:
-    judged = study.judge(measure, view)  # type: ignore[arg-type]
+def _value(study: Study, measure: Measure, metric: str, view: Distribution = PRIMARY) -> str:
+    judged = study.judge(measure, view)
     return shown(judged.value(metric)) if judged and metric in judged.metrics else "–"
 
 
