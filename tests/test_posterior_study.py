@@ -185,13 +185,15 @@ def _write(folder, method, seed, members, task, tasks):
     write_run(folder, {task: tasks[task]}, members=members, seed=10 * seed + len(method), config=config)
 
 
-def _nll(folder, temperature):
+def _nll(folder, temperature, members=slice(None)):
     """Each document's nll under the primary view, from the file alone."""
     (file,) = folder.glob("samples_*.jsonl")
     nll = []
     for line in map(json.loads, file.read_text().splitlines()):
         chars = [len(line["arguments"][f"gen_args_{c}"]["arg_1"]) - 1 for c in range(4)]
-        p = special.softmax(np.array(line["members"]) / np.array(chars) / temperature, axis=1).mean(0)
+        p = special.softmax(np.array(line["members"])[members] / np.array(chars) / temperature, axis=1).mean(
+            0
+        )
         nll.append(-np.log(p[int(line["target"])]))
     return np.array(nll)
 
@@ -216,6 +218,11 @@ def test_tables_say_what_the_files_say(study, tmp_path):
     gain = _row(study.page.differences(of), heading, "swag")["nll ↓"]
     assert gain.strip("*").startswith(f"{nll['swag'] - nll['map']:.3f} [".replace("-", "−"))
     assert gain.startswith("**"), "a mixture at another scale differs from one member beyond doubt"
+    place, T = tmp_path / names["swag"] / "hellaswag_130", TEMPERATURE["swag"]
+    alone = [_nll(place, T, [m]).mean() for m in range(3)]
+    averaged = _row(study.page.averaging(of), heading, "swag")["nll ↓"].strip("*")
+    assert averaged.startswith(f"{nll['swag'] - np.mean(alone):.3f} [".replace("-", "−"))
+    assert "`map`" not in study.page.averaging(of)
     beside = study.page.scales(of)
     assert "summed: nll ↓" in beside and "per character: ece ↓" in beside and "Not defined" not in beside
     assert _costs(study.page.costs(of), "swag") == [1.0, 0.2, 3.0]

@@ -13,7 +13,7 @@ from lm_eval_lora_ensemble.errors import EnsembleError
 from posterior_study.figure import NAME, tasks_drawn
 from posterior_study.methods import DEEP, IN_DOMAIN, METHODS, POINT
 from posterior_study.plan import steps
-from posterior_study.results import BESIDE, DETECTION, JUDGED, PRIMARY, Study, direction_of
+from posterior_study.results import AVERAGED, BESIDE, DETECTION, JUDGED, PRIMARY, Study, direction_of
 
 PAGE = Path(__file__).resolve().parents[2] / "posteriors.md"
 
@@ -120,6 +120,20 @@ def differences(study: Study) -> str:
     return _by_task(study, of_task)
 
 
+def averaging(study: Study) -> str:
+    """Return every method minus its own mean member, paired; bold where the interval excludes 0."""
+
+    def of_task(members: int, task: str) -> str:
+        gains = study.averaging(members, task)
+        rows = [
+            [f"`{name}`", *(_cell(gain, m, bold=gain.value(m).excludes_zero) for m in AVERAGED)]
+            for name, gain in gains.items()
+        ]
+        return table(["minus its mean member", *map(_head, AVERAGED)], rows) if rows else ""
+
+    return _by_task(study, of_task)
+
+
 def scales(study: Study) -> str:
     """Return accuracy, nll and ece under the two scales beside the primary one."""
 
@@ -173,6 +187,7 @@ BLOCKS: Mapping[str, Callable[[Study], str]] = {
     "primary": primary,
     "figure": figure,
     "differences": differences,
+    "averaging": averaging,
     "scales": scales,
     "costs": costs,
 }

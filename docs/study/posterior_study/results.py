@@ -16,16 +16,17 @@ from lm_eval_lora_ensemble.analysis.domains import out_of_domain
 from lm_eval_lora_ensemble.analysis.result import Settings
 from lm_eval_lora_ensemble.analysis.runs import Run, load_samples, merge_runs
 from lm_eval_lora_ensemble.metrics.battery import Battery
-from lm_eval_lora_ensemble.metrics.bootstrap import Bootstrapped, ResamplingPlan, bootstrap
+from lm_eval_lora_ensemble.metrics.bootstrap import Bootstrapped, ResamplingPlan, bootstrap, mean_of
 from lm_eval_lora_ensemble.metrics.detection import DetectionStatistics
-from lm_eval_lora_ensemble.metrics.predictions import check_same_documents
+from lm_eval_lora_ensemble.metrics.predictions import Predictions, check_same_documents
 from lm_eval_lora_ensemble.metrics.registry import METRICS
-from posterior_study.methods import IN_DOMAIN, METHODS
+from posterior_study.methods import IN_DOMAIN, METHODS, POINT
 from posterior_study.plan import Sizes, drawing_of, evaluation_of, source_of
 
 PRIMARY = Distribution("chars", VALIDATION)
 BESIDE = (Distribution("sum", RAW), Distribution("chars", CROSSFIT))
 JUDGED = ("accuracy", "nll", "ece", "brier_score", "mutual_information", "error_auroc_entropy")
+AVERAGED = ("nll", "brier_score", "ece")
 DETECTION = "entropy/auroc"
 
 
@@ -72,6 +73,25 @@ class Study:
         key = members, task, distribution
         if key not in self._judged:
             self._judged[key] = self._each(self._runs(members, task), of_one)
+        return self._judged[key]
+
+    def averaging(self, members: int, task: str) -> dict[str, Judged]:
+        """Return what each method of several members gains over its own mean member, under the primary view."""
+
+        def of_one(run: Run) -> Bootstrapped:
+            predictions = run.under(PRIMARY).predictions(task)
+            plan = self.settings.plan(task, predictions)
+
+            def judged(of: Predictions) -> Bootstrapped:
+                return bootstrap(Battery(of, self.settings.bins, AVERAGED), plan)
+
+            alone = [judged(predictions.member(m)) for m in range(predictions.n_members)]
+            return judged(predictions).minus(mean_of(alone))
+
+        several = {name: runs for name, runs in self._runs(members, task).items() if name != POINT}
+        key = members, task, "averaging"
+        if key not in self._judged:
+            self._judged[key] = self._each(several, of_one)
         return self._judged[key]
 
     def detect(self, members: int, task: str) -> dict[str, Judged]:
