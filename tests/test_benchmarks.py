@@ -192,9 +192,7 @@ def test_the_processor_has_the_name_that_linux_tells(benchmarks):
     assert processor() == line.partition(":")[2].strip()
 
 
-def test_where_the_time_goes_and_what_half_precision_costs(tmp_path):
-    """Both are of this machine, so only their form is tested: shares that add up, distances that are not nought."""
-    result = tmp_path / "result.json"
+def test_where_the_time_goes_is_shares_that_add_up():
     words = [sys.executable, str(BENCHMARKS / "scoring.py"), *SCORING, "--members", "2"]
     done = subprocess.run(
         [*words, "--repeats", "1", "--no-memory", "--breakdown"], capture_output=True, text=True, check=False
@@ -203,6 +201,12 @@ def test_where_the_time_goes_and_what_half_precision_costs(tmp_path):
     shares = [int(share) for share in re.findall(r"^\| [a-z].* s, (\d+)% \|$", done.stdout, re.MULTILINE)]
     assert len(shares) == 7 and 95 < sum(shares) < 105
     assert "| matrix products | " in done.stdout
+
+
+@pytest.mark.long
+def test_what_half_precision_costs_is_a_distance_that_is_not_nought(tmp_path):
+    result = tmp_path / "result.json"
+    words = [sys.executable, str(BENCHMARKS / "scoring.py"), *SCORING, "--members", "2"]
     words[words.index("float32")] = "bfloat16"
     done = subprocess.run(
         [*words, "--rounding", "--json", str(result)], capture_output=True, text=True, check=False

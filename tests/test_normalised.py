@@ -224,6 +224,7 @@ def test_tokens_count_where_they_were_logged(run, tmp_path):
     assert (same == run.under(CROSSFITTED).tasks["long_a"].mixture).all()
 
 
+@pytest.mark.long  # test_harness_tasks has two processes in the default suite
 def test_two_processes_give_the_same_twins(found, ensemble, folder, tmp_path):
     launch = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
     settings = ("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")

@@ -99,6 +99,7 @@ def test_another_sweep_is_refused(trained, tasks, tmp_path, capsys):
     assert "holds other files" in capsys.readouterr().err
 
 
+@pytest.mark.long  # test_harness_tasks has two processes in the default suite
 def test_two_processes_sweep_as_one_does(trained, tasks, tmp_path):
     """``accelerate launch``: both score, the first one writes, and neither removes what the other still needs."""
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
