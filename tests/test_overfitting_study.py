@@ -220,11 +220,20 @@ def test_what_is_not_done_is_left_out_and_said(study, tmp_path):
     assert "λ = 0: 1 of 2, λ = 1: 0 of 2" in said and "Left: about" in said
     text = study.page.claimed(of)
     assert "λ = 1 lowers" not in text and "× 1 |" in text and "× 2 |" not in text
+    assert "arc_easy, λ = 1" not in study.page.retained(of)
     nothing = study.results.Study(of.sizes, tmp_path, {}, SETTINGS)
     page = study.page.PAGE.read_text(encoding="utf-8")
     assert study.page.filled(page, nothing) == study.page.filled(page, None)
     study.figure.draw(nothing, tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_an_epoch_half_evaluated_gives_what_it_has(study, tmp_path):
+    of = _saved(study, tmp_path, seeds=1, keep=lambda name: "epoch_6/hellaswag" not in name)
+    text = study.page.claimed(of)
+    assert "arc_easy: the ensemble's nll" in text and "λ = 1 lowers" in text
+    assert "| hellaswag: the ensemble's nll" not in text and "| hellaswag: entropy" not in text
+    assert "hellaswag, λ" not in study.page.detected(of) and "arc_challenge, λ = 0" in study.page.detected(of)
 
 
 def test_a_file_that_cannot_be_trusted_is_no_missing_result(study, tmp_path):

@@ -112,7 +112,7 @@ class Study:
         if key not in self._predictions:
             judged = self.under(of, seed, view)
             if of.task not in judged:
-                raise NotThereError(judged.skipped[of.task])
+                raise NotThereError(judged.skipped.get(of.task, f"{of.task} was not evaluated yet"))
             self._predictions[key] = judged.predictions(of.task).take(np.arange(of.documents))
         return self._predictions[key]
 
@@ -120,7 +120,7 @@ class Study:
         """Return all tasks of an epoch under a view.
 
         Raises:
-            NotThereError: some of it was not evaluated yet, or the view has no scale for any task.
+            NotThereError: nothing of it was evaluated yet, or the view has no scale for any task.
         """
         run = self.run(of.penalty, seed, of.epoch)
         if (run, view) not in self._under:
@@ -131,18 +131,18 @@ class Study:
         return self._under[run, view]
 
     def run(self, penalty: str, seed: int, epoch: int) -> Run:
-        """Return all tasks of one epoch as one run.
+        """Return what is there of an epoch's tasks as one run.
 
         Raises:
-            NotThereError: some of it was not evaluated yet.
+            NotThereError: nothing of it was evaluated yet.
         """
         names = [
-            evaluation_of(penalty, seed, epoch, task, documents)
+            name
             for task, documents in self.sizes.documents(epoch).items()
+            if (name := evaluation_of(penalty, seed, epoch, task, documents)) in self.records
         ]
-        for name in names:
-            if name not in self.records:
-                raise NotThereError(f"{name} was not run yet")
+        if not names:
+            raise NotThereError(f"λ = {penalty}, seed {seed}, epoch {epoch} was not evaluated yet")
         key = ("", 0, PRIOR) if epoch == PRIOR else (penalty, seed, epoch)
         if key not in self._runs:
             (self._runs[key],) = merge_runs([load_samples(self.output / name) for name in names])
@@ -225,7 +225,10 @@ class Detected:
         """Return a value for every score that ranks documents, as ``entropy/auroc``."""
         run = study.under(self.of, seed, view)
         inside = replace(self.of, task=IN_DOMAIN, documents=study.sizes.documents(self.of.epoch)[IN_DOMAIN])
-        domains = [study.predictions(inside, seed, view), out_of_domain(run, IN_DOMAIN, self.of.task)]
+        domains = [study.predictions(inside, seed, view)]
+        if not run.has_scores(self.of.task):
+            raise NotThereError(f"{self.of.task} was not evaluated yet")
+        domains.append(out_of_domain(run, IN_DOMAIN, self.of.task))
         sizes = [domain.n_documents for domain in domains]
         chosen = study.settings
         strata = np.repeat([0, 1], sizes)
