@@ -147,7 +147,12 @@ def _write(folder, name, number):
     # a task's questions are the same however many are asked
     write_run(folder, {task: 400}, members=1 if epoch == 0 else 5, seed=number, config=config, sharpness=1.5)
     (file,) = folder.glob("samples_*.jsonl")
-    file.write_text("".join(file.read_text().splitlines(keepends=True)[: int(documents)]))
+    lines = [json.loads(line) for line in file.read_text().splitlines()[: int(documents)]]
+    if task == "commonsense_qa":
+        for line in lines:
+            for choice, letter in enumerate("ABCD"):
+                line["arguments"][f"gen_args_{choice}"]["arg_1"] = f" {letter}"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _summed(folder):
@@ -212,6 +217,11 @@ def test_every_table_and_the_figure_are_made_of_whole_results(study, tmp_path):
     assert "Not run yet" not in page and "A trial" in page and "nan" not in page
     assert len(re.findall(r"^\| M = \d ", page, re.MULTILINE)) == 5
     assert page.count("\n| λ = 0, epoch") == 6, "three epochs, one member and five"
+    *_, letters = _row(page, "commonsense_qa, λ = 0")
+    *_, texts = _row(page, "mmlu_sociology_continuation, λ = 0")
+    assert letters == "–" and "[" in texts, (
+        "mutual information of letters does not compare with that of texts"
+    )
     study.figure.draw(of, tmp_path)
     assert (tmp_path / study.figure.NAME).read_text().startswith("<?xml")
 

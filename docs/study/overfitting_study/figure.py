@@ -61,8 +61,9 @@ def _figure(study: Study) -> Figure:
                 _course(panel, study, penalty, metric, view, 2 * index + 1, whole=False)
         panel.set(xlabel="epoch", xticks=EPOCHS)
         panel.set_title(title, loc="left")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=4)
     _domains(panels[-1], study)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=4)
+    figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside lower right", ncols=2)
     return figure
 
 
@@ -77,6 +78,8 @@ def _course(
         if judged is not None:
             epochs.append(epoch)
             values.append(judged.value(metric))
+    if not values:
+        return
     chosen = look(number)
     name = f"λ = {penalty}, {'ensemble' if whole else 'mean member'}"
     panel.plot(epochs, [v.value for v in values], color=chosen.colour, marker=chosen.marker, label=name)
@@ -90,7 +93,7 @@ def _domains(panel: Axes, study: Study) -> None:
         chosen = look(index)
         for place, task in enumerate(tasks):
             judged = study.judge(Detected(last(PENALTIES[0], task, study.sizes)), PRIMARY)
-            if judged is None:
+            if judged is None or f"{score}/auroc" not in judged.metrics:
                 continue
             value = judged.value(f"{score}/auroc")
             height = place + 0.3 * (index - 0.5)
@@ -110,5 +113,3 @@ def _domains(panel: Axes, study: Study) -> None:
     panel.set(ylim=(len(tasks) - 0.5, -0.5), xlabel=f"AUROC against {IN_DOMAIN}, λ = {PENALTIES[0]}")
     panel.grid(visible=False, axis="y")
     panel.set_title("other domains", loc="left")
-    if panel.get_legend_handles_labels()[0]:
-        panel.legend(loc="lower right")

@@ -73,7 +73,7 @@ def claimed(study: Study) -> str:
         rows = []
         for claim in (one for one in every if one.topic == topic):
             judged = study.judge(claim.measure, PRIMARY)
-            if judged is None:
+            if judged is None or claim.metric not in judged.metrics:
                 continue
             beside = [_value(study, claim.measure, claim.metric, view) for view in VIEWS[1:]]
             value = judged.value(claim.metric)

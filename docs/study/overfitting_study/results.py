@@ -20,7 +20,7 @@ from lm_eval_lora_ensemble.analysis.runs import Run, load_samples, merge_runs
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.metrics.battery import Battery
 from lm_eval_lora_ensemble.metrics.bootstrap import Bootstrapped, ResamplingPlan, bootstrap, mean_of
-from lm_eval_lora_ensemble.metrics.detection import DetectionStatistics
+from lm_eval_lora_ensemble.metrics.detection import AnswerForm, DetectionStatistics
 from lm_eval_lora_ensemble.metrics.predictions import Predictions
 from lm_eval_lora_ensemble.metrics.retention import retention
 from overfitting_study.plan import EPOCHS, IN_DOMAIN, PRIOR, VALIDATION, Sizes, evaluation_of
@@ -222,7 +222,10 @@ class Detected:
     of: Of
 
     def __call__(self, study: Study, seed: int, view: Distribution) -> Bootstrapped:
-        """Return a value for every score that ranks documents, as ``entropy/auroc``."""
+        """Return a value for every score that ranks documents, as ``entropy/auroc``.
+
+        Mutual information of letters does not compare with that of texts, so it is left out there.
+        """
         run = study.under(self.of, seed, view)
         inside = replace(self.of, task=IN_DOMAIN, documents=study.sizes.documents(self.of.epoch)[IN_DOMAIN])
         domains = [study.predictions(inside, seed, view)]
@@ -235,6 +238,9 @@ class Detected:
         plan = ResamplingPlan(sum(sizes), chosen.resamples, chosen.seed, strata=strata, level=chosen.level)
         found = bootstrap(DetectionStatistics(*domains), plan)
         names = [name for name in found.value if name.endswith("/auroc")]
+        forms = [AnswerForm.of(run.scores[task]) for task in (IN_DOMAIN, self.of.task)]
+        if len({form.letters for form in forms if form}) > 1:
+            names.remove("mutual_information/auroc")
         return Bootstrapped(
             plan,
             {name: found.value[name] - 0.5 for name in names},
