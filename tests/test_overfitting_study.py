@@ -191,7 +191,7 @@ def test_claims_say_what_the_files_say(study, tmp_path):
         ("arc_easy: 2 members have the nll of 5, within .005", fewer),
         ("hellaswag: entropy is higher than on arc_easy (AUROC − ½)", found),
     ):
-        _, verdict, _, raw, oracle, documents = _row(text, words)
+        _, verdict, _, raw, oracle, _, documents = _row(text, words)
         shown = f"{np.mean(expected):.3f}".replace("-", "−")
         assert raw.startswith(f"{shown} [") and raw.endswith(f"± {np.std(expected, ddof=1):.3f}")
         assert verdict.strip("*") in ("appears", "does not", "undecided") and "[" in oracle
@@ -244,6 +244,7 @@ def test_an_epoch_half_evaluated_gives_what_it_has(study, tmp_path):
     of = _saved(study, tmp_path, seeds=1, keep=lambda name: "epoch_6/hellaswag" not in name)
     text = study.page.claimed(of)
     assert "arc_easy: the ensemble's nll" in text and "λ = 1 lowers" in text
+    assert "λ = 0: 0 of 1" in study.page.what_was_run(of), "no ensemble is evaluated whole"
     assert "| hellaswag: the ensemble's nll" not in text and "| hellaswag: entropy" not in text
     assert "hellaswag, λ" not in study.page.detected(of) and "arc_challenge, λ = 0" in study.page.detected(of)
 

@@ -9,9 +9,10 @@ from stepwise.page import filled as fill
 from stepwise.page import shown, table, time_and_machine
 
 from lm_eval_lora_ensemble.analysis.distribution import Distribution
+from lm_eval_lora_ensemble.report.leaderboard import display
 from overfitting_study.claims import END, FREE, OUTSIDE, claims
 from overfitting_study.figure import NAME, has_something
-from overfitting_study.plan import EPOCHS, FOREIGN, IN_DOMAIN, PENALTIES, PRIOR, steps
+from overfitting_study.plan import EPOCHS, FOREIGN, IN_DOMAIN, PENALTIES, PRIOR, evaluation_of, steps
 from overfitting_study.results import (
     MEASURED,
     OF_MEMBERS,
@@ -22,7 +23,6 @@ from overfitting_study.results import (
     Kept,
     MeanMember,
     Measure,
-    Of,
     OfSize,
     Study,
     by_epoch,
@@ -78,9 +78,10 @@ def claimed(study: Study) -> str:
             beside = [_value(study, claim.measure, claim.metric, view) for view in VIEWS[1:]]
             value = judged.value(claim.metric)
             n = f"{claim.documents} × {len(judged.by_seed)}"
-            rows.append([claim.words, f"**{claim.verdict(value)}**", shown(value), *beside, n])
+            verdict = f"**{claim.verdict(value)}**"
+            rows.append([claim.words, verdict, shown(value), *beside, display(claim.matters), n])
         if rows:
-            head = [topic, "verdict", *_views(), "documents × seeds"]
+            head = [topic, "verdict", *_views(), "matters", "documents × seeds"]
             text.append(table(head, rows))
     return "\n".join(text)
 
@@ -170,6 +171,12 @@ def _value(study: Study, measure: Measure, metric: str, view: Distribution = PRI
 
 
 def _seeds(study: Study, penalty: str) -> int:
-    of: Of = last(penalty, IN_DOMAIN, study.sizes)
-    judged = study.judge(Ensemble(of), PRIMARY)
-    return len(judged.by_seed) if judged else 0
+    """Return how many ensembles have every evaluation of every epoch."""
+    return sum(
+        all(
+            evaluation_of(penalty, seed, epoch, task, documents) in study.records
+            for epoch in EPOCHS
+            for task, documents in study.sizes.documents(epoch).items()
+        )
+        for seed in range(study.sizes.seeds)
+    )
