@@ -6,8 +6,6 @@ import argparse
 import itertools
 import json
 import re
-import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +14,7 @@ from lm_eval.tasks import TaskManager
 from report_fixtures import write_run
 from scipy import special, stats
 from sklearn.metrics import roc_auc_score
+from study_modules import study_modules
 
 from lm_eval_lora_ensemble.analysis.result import Settings
 from lm_eval_lora_ensemble.errors import EnsembleError
@@ -28,15 +27,7 @@ SETTINGS = Settings(resamples=200)
 
 @pytest.fixture(scope="module")
 def study():
-    """The modules of docs/study, which is no package that anybody installs."""
-    sys.path.insert(0, str(PROJECT / "docs" / "study"))
-    try:
-        from overfitting_study import claims, figure, page, plan, results
-        from stepwise import command, running, values
-    finally:
-        sys.path.pop(0)
-    modules = (claims, figure, page, plan, results, command, running, values)
-    return SimpleNamespace(**{module.__name__.split(".")[-1]: module for module in modules})
+    return study_modules("overfitting_study", "claims", "figure", "page", "plan", "results")
 
 
 def test_the_page_has_every_table_and_nothing_made_by_hand(study):
@@ -88,7 +79,7 @@ def test_sizes_that_are_none_are_one_line(study):
             study.plan.Sizes.of_share(seeds, share, "float32")
     assert not study.plan.Sizes.of_share(3, 1.0, "float32").is_trial
     trial = study.plan.Sizes.of_share(1, 0.5, "float32")
-    script = study.command.Script(study.page.PAGE, lambda _: trial, study.plan.steps, lambda *_: None)
+    script = study.command.Script(study.page.PAGE, lambda _: trial, study.plan.steps, None, None, None)
     with pytest.raises(EnsembleError, match=r"a trial says nothing; study\.md"):
         study.command.main(script, argparse.Namespace(output=study.page.PAGE, publish=True))
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from itertools import pairwise
 
 import numpy as np
 import pytest
-from conftest import PROJECT
 from filelock import FileLock
 from report_fixtures import write_run
 from scipy import special
+from study_modules import study_modules
 
 from lm_eval_lora_ensemble.analysis.result import Settings
 from lm_eval_lora_ensemble.errors import EnsembleError
@@ -31,16 +30,7 @@ TEMPERATURE = {"map": 0.5, "swag": 0.25}
 
 @pytest.fixture(scope="module")
 def study():
-    """The modules of docs/study, which is no package that anybody installs."""
-    sys.path.insert(0, str(PROJECT / "docs" / "study"))
-    try:
-        from posterior_study import figure, methods, page, plan, results
-        from stepwise import page as markdown
-        from stepwise import running, values
-    finally:
-        sys.path.pop(0)
-    modules = (figure, methods, page, plan, results, running, values)
-    return type("Modules", (), {"markdown": markdown, **{m.__name__.split(".")[-1]: m for m in modules}})
+    return study_modules("posterior_study", "figure", "methods", "page", "plan", "results")
 
 
 def test_the_page_has_the_methods_and_nothing_made_by_hand(study):

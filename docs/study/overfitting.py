@@ -12,17 +12,12 @@ stop it at any time, the same command goes on where it was. It needs the benchma
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from overfitting_study.figure import draw
 from overfitting_study.page import PAGE, filled
 from overfitting_study.plan import SEEDS, Sizes, steps
 from overfitting_study.results import Study
 from stepwise.command import Script, dtype_of, parser, serve
-from stepwise.running import read_records
-
-from lm_eval_lora_ensemble.analysis.result import Settings
-from lm_eval_lora_ensemble.disk import write_text
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,12 +35,5 @@ def sizes_of(arguments: argparse.Namespace) -> Sizes:
     return Sizes.of_share(arguments.seeds, arguments.share, dtype_of(arguments))
 
 
-def write(sizes: Sizes, output: Path, folder: Path) -> None:
-    """Write page and figure into a folder, from what the study's folder has."""
-    study = Study(sizes, output, read_records(steps(sizes), output), Settings())
-    draw(study, folder)
-    write_text(folder / PAGE.name, filled(PAGE.read_text(encoding="utf-8"), study))
-
-
 if __name__ == "__main__":
-    serve(Script(PAGE, sizes_of, steps, write), _parser().parse_args())
+    serve(Script(PAGE, sizes_of, steps, Study, filled, draw), _parser().parse_args())

@@ -13,7 +13,6 @@ the Hub.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from posterior_study.figure import draw
 from posterior_study.methods import METHODS
@@ -21,10 +20,7 @@ from posterior_study.page import PAGE, filled
 from posterior_study.plan import DOCUMENTS, MEMBERS, SEEDS, TRAINING_STEPS, VALIDATION, Sizes, steps
 from posterior_study.results import Study
 from stepwise.command import Script, dtype_of, parser, serve
-from stepwise.running import read_records
 
-from lm_eval_lora_ensemble.analysis.result import Settings
-from lm_eval_lora_ensemble.disk import write_text
 from lm_eval_lora_ensemble.errors import EnsembleError
 
 
@@ -74,12 +70,5 @@ def sizes_of(arguments: argparse.Namespace) -> Sizes:
     )
 
 
-def write(sizes: Sizes, output: Path, folder: Path) -> None:
-    """Write page and figure into a folder, from what the study's folder has."""
-    study = Study(sizes, output, read_records(steps(sizes), output), Settings())
-    draw(study, folder)
-    write_text(folder / PAGE.name, filled(PAGE.read_text(encoding="utf-8"), study))
-
-
 if __name__ == "__main__":
-    serve(Script(PAGE, sizes_of, steps, write), _parser().parse_args())
+    serve(Script(PAGE, sizes_of, steps, Study, filled, draw), _parser().parse_args())

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from stepwise.study import save_svg
 
 from lm_eval_lora_ensemble.analysis.distribution import Distribution
 from lm_eval_lora_ensemble.figures.style import BAND, BLACK, look, styled
@@ -45,9 +46,7 @@ def draw(study: Study, folder: Path) -> None:
     """Write the figure below ``folder``, if there is something to draw."""
     if not has_something(study):
         return
-    path = folder / NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _figure(study).savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+    save_svg(_figure(study), folder / NAME)
 
 
 @styled

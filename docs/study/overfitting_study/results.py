@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from stepwise.running import Record
+from stepwise.study import StudyFolder
 from stepwise.values import Judged
 
 from lm_eval_lora_ensemble.analysis.distribution import CROSSFIT, RAW, Distribution
 from lm_eval_lora_ensemble.analysis.domains import out_of_domain
-from lm_eval_lora_ensemble.analysis.result import Settings
 from lm_eval_lora_ensemble.analysis.runs import Run, load_samples, merge_runs
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.metrics.battery import Battery
@@ -66,20 +64,8 @@ class Measure(Protocol):
 
 
 @dataclass(frozen=True)
-class Study:
-    """Everything that the page says, as far as it is done.
-
-    Attributes:
-        sizes: what was asked for.
-        output: the study's folder.
-        records: of the steps that are done.
-        settings: bins, resamples, seed and level of every interval.
-    """
-
-    sizes: Sizes
-    output: Path
-    records: Mapping[str, Record]
-    settings: Settings
+class Study(StudyFolder[Sizes]):
+    """A study's folder, and what is measured in it."""
 
     def judge(self, measure: Measure, view: Distribution) -> Judged | None:
         """Return a measure for every seed that has what it needs; None where none has, or the view is undefined."""

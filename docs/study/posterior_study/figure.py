@@ -7,6 +7,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from stepwise.study import save_svg
 
 from lm_eval_lora_ensemble.figures.style import BLACK, look, styled
 from posterior_study.methods import POINT
@@ -33,11 +34,7 @@ def draw(study: Study, folder: Path) -> None:
     tasks = tasks_drawn(study)
     if not tasks:
         return
-    path = folder / NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _figure(study, study.sizes.members[0], tasks).savefig(
-        path, format="svg", metadata={"Date": None, "Creator": None}
-    )
+    save_svg(_figure(study, study.sizes.members[0], tasks), folder / NAME)
 
 
 @styled

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
-from stepwise.running import Record
+from stepwise.study import StudyFolder
 from stepwise.values import Judged
 
 from lm_eval_lora_ensemble.analysis.distribution import CROSSFIT, RAW, VALIDATION, Distribution
 from lm_eval_lora_ensemble.analysis.domains import out_of_domain
-from lm_eval_lora_ensemble.analysis.result import Settings
 from lm_eval_lora_ensemble.analysis.runs import Run, load_samples, merge_runs
 from lm_eval_lora_ensemble.metrics.battery import Battery
 from lm_eval_lora_ensemble.metrics.bootstrap import Bootstrapped, ResamplingPlan, bootstrap, mean_of
@@ -31,20 +29,8 @@ DETECTION = "entropy/auroc"
 
 
 @dataclass(frozen=True)
-class Study:
-    """Everything that the page says, as far as it is done.
-
-    Attributes:
-        sizes: what was asked for; other results in the folder are not looked at.
-        output: the study's folder.
-        records: of the steps that are done.
-        settings: bins, resamples, seed and level of every interval.
-    """
-
-    sizes: Sizes
-    output: Path
-    records: Mapping[str, Record]
-    settings: Settings
+class Study(StudyFolder[Sizes]):
+    """A study's folder, and what is measured in it."""
 
     def seeds(self, members: int) -> list[int]:
         """Return the seeds that a number of members is asked for with."""

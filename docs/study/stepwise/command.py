@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
+from lm_eval_lora_ensemble.analysis.result import Settings
+from lm_eval_lora_ensemble.disk import write_text
 from lm_eval_lora_ensemble.errors import (
     EXIT_CODE,
     INTERRUPTED_EXIT_CODE,
@@ -19,35 +21,31 @@ from lm_eval_lora_ensemble.errors import (
     interruption_line,
 )
 from lm_eval_lora_ensemble.precision import fast_dtype
-from stepwise.running import Step, estimate, in_words, read_records, run
+from stepwise.running import Record, Step, estimate, in_words, read_records, run
+from stepwise.study import S, StudyFolder
 
-
-class Sizes(Protocol):
-    """What is asked for."""
-
-    @property
-    def is_trial(self) -> bool:
-        """Whether something is smaller than in the study itself, so that its numbers say nothing."""
-
-
-S = TypeVar("S", bound=Sizes)
+T = TypeVar("T", bound=StudyFolder[Any])
 
 
 @dataclass(frozen=True)
-class Script(Generic[S]):
+class Script(Generic[S, T]):
     """One study's own part.
 
     Attributes:
         page: of docs/, that ``--publish`` writes.
         sizes: from the arguments; raises EnsembleError for what is no size.
         steps: all of them, in order.
-        write: page and figures into a folder, from sizes and the study's folder.
+        study: from sizes, folder, records and settings.
+        filled: the page's text with the tables of a study.
+        draw: the page's figure into a folder.
     """
 
     page: Path
     sizes: Callable[[argparse.Namespace], S]
     steps: Callable[[S], Sequence[Step]]
-    write: Callable[[S, Path, Path], None]
+    study: Callable[[S, Path, Mapping[str, Record], Settings], T]
+    filled: Callable[[str, T], str]
+    draw: Callable[[T, Path], None]
 
 
 def parser(description: str | None, *, seeds: int, page: Path) -> argparse.ArgumentParser:
@@ -75,7 +73,7 @@ def dtype_of(arguments: argparse.Namespace) -> str:
     return str(fast_dtype("cuda" if torch.cuda.is_available() else "cpu")).removeprefix("torch.")
 
 
-def main(script: Script[S], arguments: argparse.Namespace) -> None:
+def main(script: Script[S, T], arguments: argparse.Namespace) -> None:
     """Plan, run or write.
 
     Raises:
@@ -93,12 +91,15 @@ def main(script: Script[S], arguments: argparse.Namespace) -> None:
     output.mkdir(parents=True, exist_ok=True)
     if not arguments.tables:
         run(every, output)
+    study = script.study(sizes, output, read_records(every, output), Settings())
+    text = script.filled(script.page.read_text(encoding="utf-8"), study)
     for folder in [output, *([script.page.parent] if arguments.publish else [])]:
-        script.write(sizes, output, folder)
+        script.draw(study, folder)
+        write_text(folder / script.page.name, text)
         print(f"Tables: {folder / script.page.name}")
 
 
-def serve(script: Script[S], arguments: argparse.Namespace) -> None:
+def serve(script: Script[S, T], arguments: argparse.Namespace) -> None:
     """Run :func:`main` as a command: what goes wrong is one line and an exit code."""
     try:
         main(script, arguments)
