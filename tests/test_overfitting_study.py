@@ -84,6 +84,14 @@ def test_sizes_that_are_none_are_one_line(study):
         study.command.main(script, argparse.Namespace(output=study.page.PAGE, publish=True))
 
 
+def test_a_file_in_the_folders_place_is_named(study, tmp_path):
+    (tmp_path / "file").touch()
+    whole = study.plan.Sizes()
+    script = study.command.Script(study.page.PAGE, lambda _: whole, study.plan.steps, None, None, None)
+    with pytest.raises(EnsembleError, match="is a file; name a folder"):
+        study.command.main(script, argparse.Namespace(output=tmp_path / "file", publish=False, plan=True))
+
+
 @pytest.mark.parametrize(
     ("side", "limits", "verdict"),
     [

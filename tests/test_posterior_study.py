@@ -116,6 +116,15 @@ def test_a_step_runs_once_and_a_failed_one_again(study, tmp_path, capsys):
         study.running.read_records([_step(study, "pass")], tmp_path)
 
 
+@pytest.mark.parametrize("text", ["", "[]", '{"a": 1}'])
+def test_a_file_that_is_no_record_is_named(study, tmp_path, text):
+    path = tmp_path / "records" / "train" / "seed_0" / "one.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    with pytest.raises(EnsembleError, match=re.escape(str(path))):
+        study.running.read_records([_step(study, COUNT)], tmp_path)
+
+
 def test_two_processes_do_not_do_each_others_steps(study, tmp_path):
     with FileLock(tmp_path / ".lock"), pytest.raises(EnsembleError, match="another process runs this study"):
         study.running.run([_step(study, COUNT)], tmp_path)

@@ -84,6 +84,8 @@ def main(script: Script[S, T], arguments: argparse.Namespace) -> None:
         raise EnsembleError(
             f"--publish: a trial says nothing; {script.page.name} has results of full size only"
         )
+    if output.exists() and not output.is_dir():
+        raise EnsembleError(f"--output {output} is a file; name a folder")
     every = script.steps(sizes)
     if arguments.plan:
         _plan(every, output)

@@ -72,7 +72,7 @@ def read_records(steps: Sequence[Step], output: Path) -> dict[str, Record]:
     """Return the records of the steps that are done, by name.
 
     Raises:
-        EnsembleError: a step was done by another command.
+        EnsembleError: a step was done by another command, or a file that is no record.
     """
     records = {}
     for step in steps:
@@ -80,7 +80,12 @@ def read_records(steps: Sequence[Step], output: Path) -> dict[str, Record]:
         if not path.is_file():
             continue
         values = read_json(path, _MAX_BYTES)
-        record = Record(**{**values, "command": tuple(values["command"])})
+        try:
+            record = Record(**{**values, "command": tuple(values["command"])})
+        except (TypeError, KeyError) as error:
+            raise EnsembleError(
+                f"{path} is no record of a step; remove it, and the step is run again"
+            ) from error
         if record.command != step.command:
             changed = [word for word in step.command if word not in record.command]
             raise EnsembleError(
