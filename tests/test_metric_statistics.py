@@ -19,6 +19,7 @@ from lm_eval_lora_ensemble.metrics.recalibration import (
     fit_vector,
     recalibrate,
 )
+from lm_eval_lora_ensemble.metrics.retention import retention
 
 
 def make(seed=0, *, d=300, n=4, c=4, sharp=2.0, subjects=""):
@@ -277,3 +278,15 @@ def test_paired_comparison_refuses_other_documents():
         check_same_documents(a, a.take(np.arange(299)))
     with pytest.raises(EnsembleError, match="number 0 is"):
         check_same_documents(a, a.take(np.arange(300)[::-1]))
+
+
+def test_a_selection_of_documents_is_the_same_whatever_it_was_selected_from():
+    """ARC has documents of three and of five choices: the first few may lack the column that all together need."""
+    scores = np.random.default_rng(0).normal(size=(1, 4, 5))
+    scores[:, [0, 1, 2, 2], [4, 4, 3, 4]] = -np.inf
+    wide = Predictions.from_scores(scores, [0, 1, 2, 4], counts=[4, 4, 3, 5])
+    narrow = Predictions.from_scores(scores[:, :3, :4], [0, 1, 2], counts=[4, 4, 3])
+    assert wide.take([0, 1, 2]).mixture.shape == wide.take([True, True, True, False]).mixture.shape == (3, 4)
+    found = retention(wide.take([0, 1, 2]), narrow)(np.ones((1, 3)))
+    assert found["total_variation"] == pytest.approx(0)
+    assert found["kl_to_prior"] == pytest.approx(0, abs=1e-12)

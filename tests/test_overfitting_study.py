@@ -18,8 +18,6 @@ from study_modules import study_modules
 
 from lm_eval_lora_ensemble.analysis.result import Settings
 from lm_eval_lora_ensemble.errors import EnsembleError
-from lm_eval_lora_ensemble.metrics.predictions import Predictions
-from lm_eval_lora_ensemble.metrics.retention import retention
 from lm_eval_lora_ensemble.train.recipe import Recipe
 
 SETTINGS = Settings(resamples=200)
@@ -254,15 +252,3 @@ def test_a_file_that_cannot_be_trusted_is_no_missing_result(study, tmp_path):
     file.write_text("{")
     with pytest.raises(EnsembleError, match="samples_arc_easy"):
         study.page.claimed(of)
-
-
-def test_a_prior_with_a_wider_document_among_the_others_is_compared_all_the_same():
-    """ARC has documents of three and of five choices: the first few may lack the column that all together need."""
-    scores = np.random.default_rng(0).normal(size=(1, 4, 5))
-    scores[:, [0, 1, 2, 2], [4, 4, 3, 4]] = -np.inf
-    wide = Predictions.from_scores(scores, [0, 1, 2, 4], counts=[4, 4, 3, 5])
-    narrow = Predictions.from_scores(scores[:, :3, :4], [0, 1, 2], counts=[4, 4, 3])
-    found = retention(wide.take([0, 1, 2]), narrow)(np.ones((1, 3)))
-    assert found["total_variation"] == pytest.approx(0) and found["kl_to_prior"] == pytest.approx(
-        0, abs=1e-12
-    )

@@ -282,16 +282,21 @@ class Predictions:
         return replace(self, alone=log_probabilities)
 
     def take(self, documents: npt.ArrayLike) -> Predictions:
-        """Return a selection of the documents, by index or by mask."""
+        """Return a selection of the documents, by index or by mask.
+
+        It has the columns that these documents need, so that it is the same whatever it was selected from.
+        """
         index = np.asarray(documents)
+        counts = self.counts[index]
+        width = counts.max(initial=2)
         return Predictions(
-            self.log_probabilities[:, index],
-            self.counts[index],
-            None if self.is_gold is None else self.is_gold[index],
+            self.log_probabilities[:, index, :width],
+            counts,
+            None if self.is_gold is None else self.is_gold[index, :width],
             self.subjects[index],
             self.documents[index],
             self.missing_gold,
-            None if self.alone is None else self.alone[:, index],
+            None if self.alone is None else self.alone[:, index, :width],
         )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from lm_eval_lora_ensemble.metrics import disagreement
 from lm_eval_lora_ensemble.metrics.arrays import FloatArray
 from lm_eval_lora_ensemble.metrics.bootstrap import Statistics
-from lm_eval_lora_ensemble.metrics.predictions import Predictions, check_same_documents, widen
+from lm_eval_lora_ensemble.metrics.predictions import Predictions, check_same_documents
 
 MEASURES = ("kept", "lost", "gained", "agreement", "total_variation", "kl_to_prior")
 
@@ -38,9 +38,7 @@ def retention(prior: Predictions, later: Predictions) -> Statistics:
     """
     check_same_documents(prior, later)
     knew, knows = prior.correct, later.correct
-    # of runs on more documents, one may have a column for a choice that none of these has
-    width = max(prior.mixture.shape[1], later.mixture.shape[1])
-    p, q = widen(later.mixture, width), widen(prior.mixture, width)
+    p, q = later.mixture, prior.mixture
     columns = np.stack(
         [
             knew,
