@@ -43,8 +43,9 @@ def test_a_replicate_of_both_penalties_comes_first_and_the_prior_is_evaluated_on
         study.plan.Sizes().documents(study.plan.PRIOR)
     )
     for step in every:
-        needed = re.findall(r"\{output\}/(train/[\w/]+)", " ".join(step.command))
-        assert all(names.index(name) <= names.index(step.name) for name in needed)
+        read = set(re.findall(r"\{output\}/(train/[\w/]+)", " ".join(step.command))) - {step.name}
+        assert read == set(step.needs)
+        assert all(names.index(name) < names.index(step.name) for name in step.needs)
     first = [name for name in names if "seed_0" in name or "prior" in name]
     assert names[: len(first)] == first
     assert {step.command for step in study.plan.steps(study.plan.Sizes(seeds=1))} <= {

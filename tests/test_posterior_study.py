@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
+from conftest import PROJECT
 from filelock import FileLock
 from report_fixtures import write_run
 from scipy import special
@@ -51,14 +58,20 @@ def test_one_seed_of_the_cheap_methods_comes_first_and_every_step_follows_what_i
     names = [step.name for step in every]
     assert len(set(names)) == len(names)
     for step in every:
-        needed = re.findall(r"\{output\}/((?:train|drawn)/[\w/]+)", " ".join(step.command))
-        assert all(names.index(name) <= names.index(step.name) for name in needed)
+        read = set(re.findall(r"\{output\}/((?:train|drawn)/[\w/]+)", " ".join(step.command))) - {step.name}
+        assert all(names.index(name) < names.index(step.name) for name in step.needs)
+        assert read <= _everything_before(step, every)
     first = [name for name in names if "seed_0" in name and "members_10" not in name and "_10" not in name]
     assert names[: len(first)] == first
     results = [name.split("/")[3] for name in first if name.startswith("results/")]
     assert list(dict.fromkeys(results)) == list(study.methods.METHODS)
     smaller = study.plan.steps(study.plan.Sizes(seeds=1, members=(5,)))
     assert {step.command for step in smaller} <= {step.command for step in every}
+
+
+def _everything_before(step, every):
+    by_name = {one.name: one for one in every}
+    return set(step.needs).union(*(_everything_before(by_name[name], every) for name in step.needs))
 
 
 def test_what_it_trains_and_draws_is_what_recipes_and_methods_take(study):
@@ -123,6 +136,62 @@ def test_a_file_that_is_no_record_is_named(study, tmp_path, text):
     path.write_text(text)
     with pytest.raises(EnsembleError, match=re.escape(str(path))):
         study.running.read_records([_step(study, COUNT)], tmp_path)
+
+
+MEET = """
+import pathlib, sys, time
+folder, own, other = pathlib.Path(sys.argv[1]), *sys.argv[2:]
+(folder / own).touch()
+while not (folder / other).exists():
+    time.sleep(0.01)
+"""
+"""Ends only while another step of its kind is at work."""
+
+
+def test_so_many_steps_run_at_a_time_and_each_after_what_it_needs(study, tmp_path):
+    Step = study.running.Step
+    one, other = (
+        Step(own, "meet", ("-c", MEET, "{output}", own, met), 1.0) for own, met in [("a", "b"), ("b", "a")]
+    )
+    last = Step("c", "count", ("-c", COUNT, "{output}"), 1.0, needs=("b",))
+    study.running.run([last, one, other], tmp_path, jobs=2)
+    records = study.running.read_records([last, one, other], tmp_path)
+    assert {record.machine["steps at a time"] for record in records.values()} == {2}
+    threads = _step(study, "import os, sys; sys.exit(os.environ['OMP_NUM_THREADS'])")
+    with pytest.raises(EnsembleError, match=f"status 1: {torch.get_num_threads()}"):
+        study.running.run([threads], tmp_path)
+
+
+def test_a_step_beside_a_failed_one_is_finished(study, tmp_path):
+    bad = _step(study, "raise SystemExit('no such thing')", "train/bad")
+    good = _step(study, "import time; time.sleep(0.5)", "train/good")
+    never = _step(study, COUNT, "train/never")
+    with pytest.raises(EnsembleError, match="bad ended with status 1: no such thing"):
+        study.running.run([bad, good, never], tmp_path, jobs=2)
+    assert study.running.read_records([bad, good, never], tmp_path).keys() == {"train/good"}
+
+
+STUDY = """
+import pathlib, sys
+from stepwise.running import Step, run
+code = "import pathlib, sys, time; pathlib.Path(sys.argv[1], 'begun').touch(); time.sleep(60)"
+run([Step("long", "sleep", ("-c", code, "{output}"), 1.0)], pathlib.Path(sys.argv[1]), jobs=2)
+"""
+
+
+def test_an_interrupt_ends_the_steps_too(study, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", STUDY, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(PROJECT / "docs" / "study")},
+        stderr=subprocess.PIPE,
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "begun").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)  # to the study alone, as a scheduler does
+    _, said = process.communicate(timeout=30)
+    assert b"KeyboardInterrupt" in said and process.returncode != 0
+    assert [path.name for path in (tmp_path / "records").iterdir()] == ["long.attempt"]
 
 
 def test_two_processes_do_not_do_each_others_steps(study, tmp_path):

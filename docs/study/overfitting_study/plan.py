@@ -168,4 +168,11 @@ def _evaluation(penalty: str, seed: int, epoch: int, task: str, documents: int, 
         command += ["--include_path", _TASKS]
     scored = documents * (1 if epoch == PRIOR else sizes.members)
     kind = f"evaluate {task}" + (", prior" if epoch == PRIOR else "")
-    return Step(name, kind, tuple(command), _STARTING + scored * _A_DOCUMENT.get(task, 0.085), writes=name)
+    return Step(
+        name,
+        kind,
+        tuple(command),
+        _STARTING + scored * _A_DOCUMENT.get(task, 0.085),
+        name,
+        (training_of(penalty, seed),),
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from stepwise.running import Step
 
@@ -83,7 +83,7 @@ def steps(sizes: Sizes) -> list[Step]:
         for method in (METHODS[name] for name in METHODS if name in sizes.methods):
             for step in _of_method(method, members, seed, sizes):
                 found.setdefault(step.name, step)
-    return list(found.values())
+    return [replace(step, needs=tuple(n for n in step.needs if n in found)) for step in found.values()]
 
 
 def source_of(method: Method, members: int, seed: int) -> str:
@@ -99,6 +99,11 @@ def place_of(method: Method, members: int, seed: int) -> str:
 def evaluation_of(method: Method, members: int, seed: int, task: str, documents: int) -> str:
     """Return the name of an evaluation: its folder's and its record's."""
     return f"results/{place_of(method, members, seed)}/{task}_{documents}"
+
+
+def calibration_of(method: Method, members: int, seed: int) -> str:
+    """Return the name of a calibration: its record's; the temperature is in the folder of the adapters."""
+    return f"calibrated/{place_of(method, members, seed)}"
 
 
 def drawing_of(method: Method, members: int, seed: int) -> str:
@@ -119,29 +124,30 @@ def _of_method(method: Method, members: int, seed: int, sizes: Sizes) -> Iterato
             words.append(f"model_args=dtype={sizes.dtype}")
         words += [f"draws={members}", f"seed={seed}", f"output={{output}}/{adapters}"]
         command = [*_LAB, "draw", method.name, f"{{output}}/{source}", *words]
-        yield Step(adapters, f"draw {method.name}", tuple(command), method.seconds)
+        # the source's own row is calibrated first, for that writes into the folder that is read here
+        needs = [source]
+        if method.source in (POINT, DEEP):
+            needs.append(calibration_of(METHODS[method.source], members, seed))
+        yield Step(adapters, f"draw {method.name}", tuple(command), method.seconds, needs=tuple(needs))
     size = 1 if method.name == POINT else members
     calibrate = [*_LAB, "calibrate", f"{{output}}/{adapters}", IN_DOMAIN, "--limit", str(sizes.validation)]
-    name = f"calibrated/{place_of(method, members, seed)}"
-    yield _scoring(
-        name,
-        "calibrate",
-        [*calibrate, "--model_args", f"dtype={sizes.dtype}"],
-        IN_DOMAIN,
-        size * sizes.validation,
-    )
+    calibrate += ["--model_args", f"dtype={sizes.dtype}"]
+    calibrated = calibration_of(method, members, seed)
+    yield _scoring(calibrated, "calibrate", calibrate, IN_DOMAIN, size * sizes.validation, needs=adapters)
     for task, documents in sizes.documents.items():
         name = evaluation_of(method, members, seed, task, documents)
         evaluate = ["-m", "lm_eval_lora_ensemble", "--model", "lora-ensemble", "--tasks", task]
         evaluate += ["--model_args", f"adapters={{output}}/{adapters},dtype={sizes.dtype}"]
         evaluate += ["--limit", str(documents), "--log_samples", "--output_path", f"{{output}}/{name}"]
-        yield _scoring(name, "evaluate", evaluate, task, size * documents, writes=name)
+        yield _scoring(name, "evaluate", evaluate, task, size * documents, needs=calibrated, writes=name)
 
 
-def _scoring(name: str, kind: str, command: Sequence[str], of: str, work: int, writes: str = "") -> Step:
+def _scoring(
+    name: str, kind: str, command: Sequence[str], of: str, work: int, *, needs: str, writes: str = ""
+) -> Step:
     # every scoring command starts Python, lm-eval and the model first
     guess = _STARTING + work * _A_DOCUMENT.get(of, 0.1)
-    return Step(name, f"{kind} {of}", tuple(command), guess, writes)
+    return Step(name, f"{kind} {of}", tuple(command), guess, writes, (needs,))
 
 
 def _snapshots(sizes: Sizes) -> int:

@@ -58,6 +58,12 @@ def parser(description: str | None, *, seeds: int, page: Path) -> argparse.Argum
     found.add_argument(
         "--dtype", default="auto", help="of the base; auto is bfloat16 where it is fast, else float32"
     )
+    found.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        help="steps at a time, each with its share of the threads (default: %(default)s)",
+    )
     found.add_argument("--plan", action="store_true", help="print the steps and their time, run nothing")
     found.add_argument("--tables", action="store_true", help="write the tables of what is there, run nothing")
     found.add_argument(
@@ -86,13 +92,15 @@ def main(script: Script[S, T], arguments: argparse.Namespace) -> None:
         )
     if output.exists() and not output.is_dir():
         raise EnsembleError(f"--output {output} is a file; name a folder")
+    if arguments.jobs < 1:
+        raise EnsembleError(f"--jobs {arguments.jobs}: give at least one step at a time")
     every = script.steps(sizes)
     if arguments.plan:
-        _plan(every, output)
+        _plan(every, output, arguments.jobs)
         return
     output.mkdir(parents=True, exist_ok=True)
     if not arguments.tables:
-        run(every, output)
+        run(every, output, arguments.jobs)
     study = script.study(sizes, output, read_records(every, output), Settings())
     text = script.filled(script.page.read_text(encoding="utf-8"), study)
     for folder in [output, *([script.page.parent] if arguments.publish else [])]:
@@ -113,8 +121,8 @@ def serve(script: Script[S, T], arguments: argparse.Namespace) -> None:
         sys.exit(INTERRUPTED_EXIT_CODE)
 
 
-def _plan(every: Sequence[Step], output: Path) -> None:
+def _plan(every: Sequence[Step], output: Path, jobs: int) -> None:
     left = estimate(every, read_records(every, output))
     for step in every:
         print(f"{in_words(left[step.name]) if step.name in left else 'done':>8}  {step.name}")
-    print(f"{len(left)} of {len(every)} steps are left, about {in_words(sum(left.values()))}")
+    print(f"{len(left)} of {len(every)} steps are left, about {in_words(sum(left.values()) / jobs)}")

@@ -1,4 +1,4 @@
-"""Run the steps that have no record yet, one by one; say what is left and how long that will take.
+"""Run the steps that have no record yet, as many at a time as wanted; say what is left and how long that will take.
 
 In the output folder, ``records`` has a file for each step that is done: its command, seconds, machine and versions;
 ``logs`` has what each step printed; what the steps write is beside them.
@@ -7,14 +7,15 @@ In the output folder, ``records`` has a file for each step that is done: its com
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ class Step:
         command: Python's arguments; paths begin with ``{output}``, or with ``{study}`` for the folder of the scripts.
         guess: seconds on two cores with AVX2 in float32.
         writes: a folder that must be empty before it begins, below the output; "" where the command itself goes on.
+        needs: names of the steps that must be done before it begins.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Step:
     command: tuple[str, ...]
     guess: float
     writes: str = ""
+    needs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Record:
         seconds: by the clock, start-up included; of the last attempt.
         cost: seconds of all cores together, which others on the machine hardly change; on a GPU by the clock.
         interrupted: whether there was an attempt before, whose time is not counted.
-        machine: processor, threads and versions.
+        machine: processor, threads of the step, how many steps ran at a time, and versions.
     """
 
     command: tuple[str, ...]
@@ -114,30 +117,98 @@ def estimate(steps: Sequence[Step], records: Mapping[str, Record]) -> dict[str, 
     }
 
 
-def run(steps: Sequence[Step], output: Path) -> None:
-    """Run every step that has no record, in order.
+def run(steps: Sequence[Step], output: Path, jobs: int = 1) -> None:
+    """Run every step that has no record, in order, so many at a time.
+
+    Args:
+        steps: all of them.
+        output: the study's folder.
+        jobs: steps at a time; each has its share of the threads.
 
     Raises:
-        EnsembleError: a step failed, and the message has its last line and where its log is; or another process is at
-            work in the folder, and two would do each other's steps.
+        EnsembleError: a step failed, and the message has its last line and where its log is; those that ran beside it
+            were finished. Or another process is at work in the folder, and two would do each other's steps.
     """
     output.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(output / ".lock", timeout=0):
-            _run_all(steps, output)
+            _Running(steps, output, jobs).run()
     except Timeout:
         raise EnsembleError(f"{output}: another process runs this study; wait for it, or end it") from None
 
 
-def _run_all(steps: Sequence[Step], output: Path) -> None:
-    records = read_records(steps, output)
-    for number, step in enumerate(steps, 1):
-        if step.name in records:
-            continue
-        left = estimate(steps, records)
-        took = f"about {in_words(left[step.name])}, {in_words(sum(left.values()))} for all that is left"
-        print(f"[{number}/{len(steps)}] {step.name}: {took}", flush=True)
-        records[step.name] = _run(step, output)
+class _Running:
+    """The steps at work, the records of those that are done, and what waits."""
+
+    def __init__(self, steps: Sequence[Step], output: Path, jobs: int) -> None:
+        self.steps, self.output, self.jobs = steps, output, jobs
+        self.threads = max(1, torch.get_num_threads() // jobs)
+        self.records = read_records(steps, output)
+        self.waiting = [step for step in steps if step.name not in self.records]
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def run(self) -> None:
+        at_work: dict[Future[Record], Step] = {}
+        with ThreadPoolExecutor(self.jobs) as pool:
+            try:
+                while self.waiting or at_work:
+                    for step in self._ready()[: self.jobs - len(at_work)]:
+                        self._announce(step)
+                        self.waiting.remove(step)
+                        at_work[pool.submit(self._run, step)] = step
+                    for done in wait(at_work, return_when=FIRST_COMPLETED).done:
+                        self.records[at_work.pop(done).name] = done.result()
+            except KeyboardInterrupt:
+                for process in list(self.processes.values()):
+                    process.terminate()
+                raise
+
+    def _ready(self) -> list[Step]:
+        left = {step.name for step in self.steps} - self.records.keys()
+        return [step for step in self.waiting if left.isdisjoint(step.needs)]
+
+    def _announce(self, step: Step) -> None:
+        left = estimate(self.steps, self.records)
+        number, whole = self.steps.index(step) + 1, sum(left.values()) / self.jobs
+        took = f"about {in_words(left[step.name])}, {in_words(whole)} for all that is left"
+        print(f"[{number}/{len(self.steps)}] {step.name}: {took}", flush=True)
+
+    def _run(self, step: Step) -> Record:
+        path, log = _path(self.output, step), self.output / "logs" / f"{step.name}.txt"
+        attempt = path.with_suffix(".attempt")
+        interrupted = attempt.exists()
+        for folder in (path.parent, log.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        attempt.touch()
+        if step.writes:
+            shutil.rmtree(self.output / step.writes, ignore_errors=True)
+        places = {"{output}": str(self.output), "{study}": str(_STUDY)}
+        command = [sys.executable, *step.command]
+        for mark, place in places.items():
+            command = [word.replace(mark, place) for word in command]
+        began = time.perf_counter()
+        with log.open("a", encoding="utf-8") as lines:
+            process = subprocess.Popen(
+                command, stdout=lines, stderr=lines, env={**os.environ, "OMP_NUM_THREADS": str(self.threads)}
+            )
+            self.processes[step.name] = process
+            # of this process alone: others end meanwhile
+            _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        del self.processes[step.name]
+        seconds = time.perf_counter() - began
+        cost = seconds if torch.cuda.is_available() else used.ru_utime + used.ru_stime
+        if process.returncode:
+            said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            last = said[-1] if said else "it said nothing"
+            raise EnsembleError(
+                f"{step.name} ended with status {process.returncode}: {last}; its log is {log}"
+            )
+        at_work = machine(self.threads, self.jobs)
+        record = Record(step.command, round(seconds, 1), round(cost, 1), interrupted, at_work)
+        write_json(path, {**vars(record), "command": list(step.command)})
+        attempt.unlink()
+        return record
 
 
 def in_words(seconds: float) -> str:
@@ -152,11 +223,12 @@ def in_words(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
 
 
-def machine() -> dict[str, Any]:
+def machine(threads: int, jobs: int) -> dict[str, Any]:
     """Return what times depend on."""
     return {
         "processor": _processor(),
-        "threads": torch.get_num_threads(),
+        "threads": threads,
+        "steps at a time": jobs,
         **{name: importlib.metadata.version(name) for name in _PACKAGES},
     }
 
@@ -167,35 +239,5 @@ def _processor() -> str:
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
-def _processor_seconds() -> float:
-    """Return what the processes that this one waited for have used."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
 def _path(output: Path, step: Step) -> Path:
     return output / "records" / f"{step.name}.json"
-
-
-def _run(step: Step, output: Path) -> Record:
-    path, log = _path(output, step), output / "logs" / f"{step.name}.txt"
-    attempt = path.with_suffix(".attempt")
-    interrupted = attempt.exists()
-    for folder in (path.parent, log.parent):
-        folder.mkdir(parents=True, exist_ok=True)
-    attempt.touch()
-    if step.writes:
-        shutil.rmtree(output / step.writes, ignore_errors=True)
-    command = [word.replace("{output}", str(output)).replace("{study}", str(_STUDY)) for word in step.command]
-    began, spent = time.perf_counter(), _processor_seconds()
-    with log.open("a", encoding="utf-8") as lines:
-        ended = subprocess.run([sys.executable, *command], stdout=lines, stderr=lines, check=False)
-    seconds = time.perf_counter() - began
-    cost = seconds if torch.cuda.is_available() else _processor_seconds() - spent
-    if ended.returncode:
-        said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"]
-        raise EnsembleError(f"{step.name} ended with status {ended.returncode}: {said[-1]}; its log is {log}")
-    record = Record(step.command, round(seconds, 1), round(cost, 1), interrupted, machine())
-    write_json(path, {**vars(record), "command": list(step.command)})
-    attempt.unlink()
-    return record
