@@ -15,7 +15,8 @@ def study_modules(package: str, *names: str) -> SimpleNamespace:
     try:
         own = {name: importlib.import_module(f"{package}.{name}") for name in names}
         shared = {
-            name: importlib.import_module(f"stepwise.{name}") for name in ("command", "running", "values")
+            name: importlib.import_module(f"stepwise.{name}")
+            for name in ("archive", "command", "running", "values")
         }
         return SimpleNamespace(markdown=importlib.import_module("stepwise.page"), **own, **shared)
     finally:

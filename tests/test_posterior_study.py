@@ -249,7 +249,7 @@ def _write(folder, method, seed, members, task, tasks):
         "epoch": None,
         "calibration": {"scores": {"chars": scale}},
     }
-    config = {"model": "lora-ensemble", "model_args": {}, "lora_ensemble": ensemble}
+    config = {"model": "lora-ensemble", "model_args": {"adapters": str(folder)}, "lora_ensemble": ensemble}
     write_run(folder, {task: tasks[task]}, members=members, seed=10 * seed + len(method), config=config)
 
 
@@ -318,6 +318,28 @@ def test_seeds_give_means_deviations_and_intervals_over_both(study, tmp_path):
         "*"
     )
     assert shown.startswith(f"{np.mean(each):.3f} [") and shown.endswith(f"] ± {np.std(each, ddof=1):.3f}")
+
+
+def test_the_archive_of_a_study_gives_its_tables_and_has_no_texts(study, tmp_path):
+    made, again = tmp_path / "study", tmp_path / "unpacked"
+    of = _saved(study, made)
+    for name, record in of.records.items():
+        path = made / "records" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(vars(record)))
+    archive = tmp_path / "data" / "study.tar.xz"
+    study.archive.pack(made, of.records, archive)
+    first = archive.read_bytes()
+    study.archive.pack(made, of.records, archive)
+    assert archive.read_bytes() == first
+    study.archive.unpack(archive, again)
+    read = study.running.read_records(study.plan.steps(of.sizes), again)
+    assert read == of.records
+    page = study.page.PAGE.read_text(encoding="utf-8")
+    unpacked = study.results.Study(of.sizes, again, read, SETTINGS)
+    assert study.page.filled(page, unpacked) == study.page.filled(page, of)
+    texts = [path.read_text() for path in again.rglob("*") if path.is_file() and "records" not in path.parts]
+    assert len(texts) == 8 and not any("Question" in text or str(tmp_path) in text for text in texts)
 
 
 def test_what_is_not_done_is_said_and_an_oracle_of_few_documents_is_not_invented(study, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from lm_eval_lora_ensemble.errors import (
     interruption_line,
 )
 from lm_eval_lora_ensemble.precision import fast_dtype
+from stepwise.archive import pack, unpack
 from stepwise.running import Record, Step, estimate, in_words, read_records, run
 from stepwise.study import S, StudyFolder
 
@@ -47,6 +49,11 @@ class Script(Generic[S, T]):
     filled: Callable[[str, T], str]
     draw: Callable[[T, Path], None]
 
+    @property
+    def archive(self) -> Path:
+        """Where the numbers lie that the published page is made of."""
+        return self.page.parent / "study" / f"{self.page.stem}.tar.xz"
+
 
 def parser(description: str | None, *, seeds: int, page: Path) -> argparse.ArgumentParser:
     """Return what every study's command takes."""
@@ -67,7 +74,9 @@ def parser(description: str | None, *, seeds: int, page: Path) -> argparse.Argum
     found.add_argument("--plan", action="store_true", help="print the steps and their time, run nothing")
     found.add_argument("--tables", action="store_true", help="write the tables of what is there, run nothing")
     found.add_argument(
-        "--publish", action="store_true", help=f"write the tables into {page.name} of docs/ too"
+        "--publish",
+        action="store_true",
+        help=f"write the tables into {page.name} of docs/ too, and the numbers beside it",
     )
     return found
 
@@ -101,12 +110,23 @@ def main(script: Script[S, T], arguments: argparse.Namespace) -> None:
     output.mkdir(parents=True, exist_ok=True)
     if not arguments.tables:
         run(every, output, arguments.jobs)
+    _write(script, sizes, every, output, output)
+    if arguments.publish:
+        archive = script.archive
+        pack(output, read_records(every, output), archive)
+        print(f"Numbers: {archive}")
+        with tempfile.TemporaryDirectory() as folder:  # a page says what its archive gives, to the last digit
+            unpack(archive, Path(folder))
+            _write(script, sizes, every, Path(folder), script.page.parent)
+
+
+def _write(script: Script[S, T], sizes: S, every: Sequence[Step], output: Path, place: Path) -> None:
+    """Write the tables and the figure of a study's folder into another."""
     study = script.study(sizes, output, read_records(every, output), Settings())
     text = script.filled(script.page.read_text(encoding="utf-8"), study)
-    for folder in [output, *([script.page.parent] if arguments.publish else [])]:
-        script.draw(study, folder)
-        write_text(folder / script.page.name, text)
-        print(f"Tables: {folder / script.page.name}")
+    script.draw(study, place)
+    write_text(place / script.page.name, text)
+    print(f"Tables: {place / script.page.name}")
 
 
 def serve(script: Script[S, T], arguments: argparse.Namespace) -> None:

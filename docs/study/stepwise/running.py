@@ -26,6 +26,9 @@ from filelock import FileLock, Timeout
 from lm_eval_lora_ensemble.disk import read_json, write_json
 from lm_eval_lora_ensemble.errors import EnsembleError
 
+RECORDS = "records"
+"""The folder of what is known of the steps that are done."""
+
 _PACKAGES = ("lm-eval-lora-ensemble", "lm-eval", "torch", "transformers", "peft")
 _MAX_BYTES = 1 << 20
 _STUDY = Path(__file__).resolve().parents[1]
@@ -240,4 +243,4 @@ def _processor() -> str:
 
 
 def _path(output: Path, step: Step) -> Path:
-    return output / "records" / f"{step.name}.json"
+    return output / RECORDS / f"{step.name}.json"
