@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from conftest import PROJECT
 
@@ -21,3 +25,11 @@ def study_modules(package: str, *names: str) -> SimpleNamespace:
         return SimpleNamespace(markdown=importlib.import_module("stepwise.page"), **own, **shared)
     finally:
         sys.path.pop(0)
+
+
+def write_records(output: Path, records: Mapping[str, Any]) -> None:
+    """Write a study's records where its own steps would have."""
+    for name, record in records.items():
+        path = output / "records" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(vars(record)))

@@ -14,7 +14,7 @@ from lm_eval.tasks import TaskManager
 from report_fixtures import write_run
 from scipy import special, stats
 from sklearn.metrics import roc_auc_score
-from study_modules import study_modules
+from study_modules import study_modules, write_records
 
 from lm_eval_lora_ensemble.analysis.result import Settings
 from lm_eval_lora_ensemble.errors import EnsembleError
@@ -78,17 +78,31 @@ def test_sizes_that_are_none_are_one_line(study):
             study.plan.Sizes.of_share(seeds, share, "float32")
     assert not study.plan.Sizes.of_share(3, 1.0, "float32").is_trial
     trial = study.plan.Sizes.of_share(1, 0.5, "float32")
-    script = study.command.Script(study.page.PAGE, lambda _: trial, study.plan.steps, None, None, None)
-    with pytest.raises(EnsembleError, match=r"a trial says nothing; study\.md"):
+    script = _script(study, trial)
+    with pytest.raises(EnsembleError, match=r"study\.md has results of the default sizes"):
         study.command.main(script, argparse.Namespace(output=study.page.PAGE, publish=True))
+
+
+def _script(study, sizes):
+    whole = study.plan.Sizes()
+    return study.command.Script(
+        study.page.PAGE, lambda _: sizes, lambda _: whole, study.plan.steps, study.results.Study, None, None
+    )
+
+
+def test_nothing_is_published_of_nothing(study, tmp_path):
+    chosen = argparse.Namespace(output=tmp_path, publish=True, plan=False, tables=True, jobs=1)
+    with pytest.raises(EnsembleError, match="nothing is done in"):
+        study.command.main(_script(study, study.plan.Sizes()), chosen)
 
 
 def test_a_file_in_the_folders_place_is_named(study, tmp_path):
     (tmp_path / "file").touch()
-    whole = study.plan.Sizes()
-    script = study.command.Script(study.page.PAGE, lambda _: whole, study.plan.steps, None, None, None)
     with pytest.raises(EnsembleError, match="is a file; name a folder"):
-        study.command.main(script, argparse.Namespace(output=tmp_path / "file", publish=False, plan=True))
+        study.command.main(
+            _script(study, study.plan.Sizes()),
+            argparse.Namespace(output=tmp_path / "file", publish=False, plan=True),
+        )
 
 
 @pytest.mark.parametrize(
@@ -104,6 +118,9 @@ def test_a_file_in_the_folders_place_is_named(study, tmp_path):
         ("same", (-0.005, 0.004), "appears"),
         ("same", (0.001, 0.009), "appears"),
         ("same", (0.02, 0.05), "does not"),
+        ("same", (-0.05, -0.02), "does not"),
+        ("same", (0.005, 0.02), "undecided"),
+        ("same", (-0.02, -0.005), "undecided"),
         ("same", (-0.02, 0.005), "undecided"),
         ("same", (float("nan"), float("nan")), "undecided"),
     ],
@@ -236,6 +253,40 @@ def test_what_is_not_done_is_left_out_and_said(study, tmp_path):
     assert study.page.filled(page, nothing) == study.page.filled(page, None)
     study.figure.draw(nothing, tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_the_archive_of_a_study_gives_its_tables_wherever_the_prior_was_evaluated(study, tmp_path):
+    made, again = tmp_path / "study", tmp_path / "unpacked"
+    of = _saved(study, made, seeds=2)
+    for number, file in enumerate(sorted((made / "results" / "prior").rglob("results_*.json"))):
+        results = json.loads(file.read_text())
+        results["config"]["model_args"]["adapters"] = f"/moved/{number}"
+        file.write_text(json.dumps(results))
+    write_records(made, of.records)
+    study.archive.pack(made, of.records, tmp_path / "study.tar.xz")
+    study.archive.unpack(tmp_path / "study.tar.xz", again)
+    read = study.running.read_records(study.plan.steps(of.sizes), again)
+    page = study.page.PAGE.read_text(encoding="utf-8")
+    unpacked, first = (
+        study.page.filled(page, one) for one in (study.results.Study(of.sizes, again, read, SETTINGS), of)
+    )
+    # the archive's scores are rounded
+    words, numbers = re.compile(r"[−-]?\d+\.\d{3}"), re.compile(r"(\d+\.\d{3})")
+    assert words.sub("", unpacked) == words.sub("", first)
+    assert np.allclose(*(np.array(numbers.findall(t), float) for t in (unpacked, first)), rtol=0, atol=0.0011)
+    assert "± 0.000" not in next(
+        line for line in study.page.epochs(of).splitlines() if line.startswith("| prior")
+    )
+
+
+def test_other_documents_at_another_epoch_are_refused(study, tmp_path):
+    of = _saved(study, tmp_path, seeds=1)
+    (file,) = (tmp_path / "results/lambda_0/seed_0/epoch_3/arc_easy_120").glob("samples_*")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines[3]["doc_hash"] = "f" * 64
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(EnsembleError, match="needs the same documents: number 3"):
+        study.page.epochs(of)
 
 
 def test_an_epoch_half_evaluated_gives_what_it_has(study, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -15,10 +16,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import PROJECT
-from filelock import FileLock
 from report_fixtures import write_run
 from scipy import special
-from study_modules import study_modules
+from study_modules import study_modules, write_records
 
 from lm_eval_lora_ensemble.analysis.result import Settings
 from lm_eval_lora_ensemble.errors import EnsembleError
@@ -61,6 +61,13 @@ def test_one_seed_of_the_cheap_methods_comes_first_and_every_step_follows_what_i
         read = set(re.findall(r"\{output\}/((?:train|drawn)/[\w/]+)", " ".join(step.command))) - {step.name}
         assert all(names.index(name) < names.index(step.name) for name in step.needs)
         assert read <= _everything_before(step, every)
+    # drawing reads the folder that its source's calibration writes into
+    drawn = [step for step in every if step.name.startswith("drawn/")]
+    own = {"ivon", "blob"}
+    for step in drawn:
+        method = study.methods.METHODS[step.name.rpartition("/")[2]]
+        assert any(name.startswith("calibrated/") for name in step.needs) == (method.source not in own)
+    assert {step.name.rpartition("/")[2] for step in drawn} > own
     first = [name for name in names if "seed_0" in name and "members_10" not in name and "_10" not in name]
     assert names[: len(first)] == first
     results = [name.split("/")[3] for name in first if name.startswith("results/")]
@@ -125,7 +132,7 @@ def test_a_step_runs_once_and_a_failed_one_again(study, tmp_path, capsys):
     records = study.running.read_records([good, mended], tmp_path)
     assert [records[step.name].interrupted for step in (good, mended)] == [False, True]
     assert "[2/2] train/seed_0/two: about" in capsys.readouterr().out
-    with pytest.raises(EnsembleError, match="done with other settings"):
+    with pytest.raises(EnsembleError, match=r"other settings \(import sys, .*; now pass\)"):
         study.running.read_records([_step(study, "pass")], tmp_path)
 
 
@@ -142,8 +149,12 @@ MEET = """
 import pathlib, sys, time
 folder, own, other = pathlib.Path(sys.argv[1]), *sys.argv[2:]
 (folder / own).touch()
+deadline = time.monotonic() + 60
 while not (folder / other).exists():
     time.sleep(0.01)
+    assert time.monotonic() < deadline, "the other is not at work"
+time.sleep(0.2)
+(folder / f"{own}_ended").touch()
 """
 """Ends only while another step of its kind is at work."""
 
@@ -153,13 +164,16 @@ def test_so_many_steps_run_at_a_time_and_each_after_what_it_needs(study, tmp_pat
     one, other = (
         Step(own, "meet", ("-c", MEET, "{output}", own, met), 1.0) for own, met in [("a", "b"), ("b", "a")]
     )
-    last = Step("c", "count", ("-c", COUNT, "{output}"), 1.0, needs=("b",))
+    check = "import pathlib, sys; assert pathlib.Path(sys.argv[1], 'b_ended').exists()"
+    last = Step("c", "check", ("-c", check, "{output}"), 1.0, needs=("b",))
     study.running.run([last, one, other], tmp_path, jobs=2)
     records = study.running.read_records([last, one, other], tmp_path)
     assert {record.machine["steps at a time"] for record in records.values()} == {2}
     threads = _step(study, "import os, sys; sys.exit(os.environ['OMP_NUM_THREADS'])")
-    with pytest.raises(EnsembleError, match=f"status 1: {torch.get_num_threads()}"):
-        study.running.run([threads], tmp_path)
+    for jobs in (1, 2):
+        share = max(1, torch.get_num_threads() // jobs)
+        with pytest.raises(EnsembleError, match=f"status 1: {share}; its log"):
+            study.running.run([threads], tmp_path, jobs)
 
 
 def test_a_step_beside_a_failed_one_is_finished(study, tmp_path):
@@ -174,30 +188,54 @@ def test_a_step_beside_a_failed_one_is_finished(study, tmp_path):
 STUDY = """
 import pathlib, sys
 from stepwise.running import Step, run
-code = "import pathlib, sys, time; pathlib.Path(sys.argv[1], 'begun').touch(); time.sleep(60)"
+code = "import os, pathlib, sys, time; pathlib.Path(sys.argv[1], 'begun').write_text(str(os.getpid())); time.sleep(60)"
 run([Step("long", "sleep", ("-c", code, "{output}"), 1.0)], pathlib.Path(sys.argv[1]), jobs=2)
 """
 
 
-def test_an_interrupt_ends_the_steps_too(study, tmp_path):
+def _begun(output):
+    """Start a study of one long step, and return it and its step's process id."""
     process = subprocess.Popen(
-        [sys.executable, "-c", STUDY, str(tmp_path)],
+        [sys.executable, "-c", STUDY, str(output)],
         env={**os.environ, "PYTHONPATH": str(PROJECT / "docs" / "study")},
         stderr=subprocess.PIPE,
     )
     deadline = time.monotonic() + 60
-    while not (tmp_path / "begun").exists() and time.monotonic() < deadline:
+    while not (output / "begun").exists() or not (output / "begun").read_text():
         time.sleep(0.05)
+        assert time.monotonic() < deadline
+    return process, int((output / "begun").read_text())
+
+
+def test_an_interrupt_ends_the_steps_too(study, tmp_path):
+    process, step = _begun(tmp_path)
     process.send_signal(signal.SIGINT)  # to the study alone, as a scheduler does
     _, said = process.communicate(timeout=30)
     assert b"KeyboardInterrupt" in said and process.returncode != 0
     assert [path.name for path in (tmp_path / "records").iterdir()] == ["long.attempt"]
+    with pytest.raises(ProcessLookupError):
+        os.kill(step, 0)
+
+
+def test_a_step_that_outlives_a_killed_study_is_not_run_beside_itself(study, tmp_path):
+    process, step = _begun(tmp_path)
+    process.kill()
+    process.communicate(timeout=30)
+    try:
+        with pytest.raises(EnsembleError, match="another process runs this study, or a step of it"):
+            study.running.run([_step(study, COUNT)], tmp_path)
+    finally:
+        os.kill(step, signal.SIGKILL)
+    assert not (tmp_path / "count").exists()
 
 
 def test_two_processes_do_not_do_each_others_steps(study, tmp_path):
-    with FileLock(tmp_path / ".lock"), pytest.raises(EnsembleError, match="another process runs this study"):
-        study.running.run([_step(study, COUNT)], tmp_path)
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(EnsembleError, match="another process runs this study"):
+            study.running.run([_step(study, COUNT)], tmp_path)
     assert not (tmp_path / "count").exists()
+    study.running.run([_step(study, COUNT)], tmp_path)
 
 
 def test_what_a_killed_evaluation_left_is_removed_first(study, tmp_path):
@@ -323,10 +361,7 @@ def test_seeds_give_means_deviations_and_intervals_over_both(study, tmp_path):
 def test_the_archive_of_a_study_gives_its_tables_and_has_no_texts(study, tmp_path):
     made, again = tmp_path / "study", tmp_path / "unpacked"
     of = _saved(study, made)
-    for name, record in of.records.items():
-        path = made / "records" / f"{name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(vars(record)))
+    write_records(made, of.records)
     archive = tmp_path / "data" / "study.tar.xz"
     study.archive.pack(made, of.records, archive)
     first = archive.read_bytes()

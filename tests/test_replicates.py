@@ -103,6 +103,15 @@ def test_a_metric_that_is_undefined_somewhere_has_no_interval():
     assert np.isnan([found.mean, found.standard_deviation, *found.t, *found.two_way]).all()
 
 
+def test_a_biased_metrics_interval_is_mirrored_at_its_mean():
+    values, noise = [0.03, 0.05, 0.04], np.random.default_rng(5).normal(0, 0.01, (3, 4000))
+    for bias, mirrored in ((0.002, False), (0.04, True)):
+        found = spread(values, np.array(values)[:, None] + bias + noise, 0.95)
+        low, high = np.quantile(two_way(np.array(values)[:, None] + bias + noise), [0.025, 0.975])
+        expected = (0.08 - high, 0.08 - low) if mirrored else (low, high)
+        assert found.two_way == pytest.approx(expected, abs=1e-12)
+
+
 def test_values_are_those_of_the_runs_and_of_all_their_members(place):
     runs = load_runs(place)
     found = evaluate_replicates(runs, QUICK)["one"]

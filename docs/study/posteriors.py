@@ -71,4 +71,7 @@ def sizes_of(arguments: argparse.Namespace) -> Sizes:
 
 
 if __name__ == "__main__":
-    serve(Script(PAGE, sizes_of, steps, Study, filled, draw), _parser().parse_args())
+    serve(
+        Script(PAGE, sizes_of, lambda dtype: Sizes(dtype=dtype), steps, Study, filled, draw),
+        _parser().parse_args(),
+    )

@@ -21,7 +21,13 @@ from lm_eval_lora_ensemble.analysis.runs import Run
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.metrics.arrays import FloatArray
 from lm_eval_lora_ensemble.metrics.battery import Battery
-from lm_eval_lora_ensemble.metrics.bootstrap import Bootstrapped, bootstrap, mean_of
+from lm_eval_lora_ensemble.metrics.bootstrap import (
+    MAX_MEDIAN_BIAS,
+    Bootstrapped,
+    bootstrap,
+    mean_of,
+    median_bias,
+)
 from lm_eval_lora_ensemble.metrics.predictions import check_same_documents
 from lm_eval_lora_ensemble.metrics.registry import METRICS
 
@@ -37,7 +43,8 @@ class Spread:
         mean: of ``values``.
         standard_deviation: of ``values``, from n − 1; NaN for one.
         t: Student's interval for the mean over retrained replicates, for these documents; NaN for one value.
-        two_way: percentile interval of the mean, documents and replicates drawn with replacement, each on its own.
+        two_way: percentile interval of the mean, documents and replicates drawn with replacement, each on its own;
+            mirrored at the mean where the draws' median is more than one standard error away from it.
     """
 
     values: tuple[float, ...]
@@ -163,6 +170,8 @@ def spread(values: Sequence[float], resampled: FloatArray, level: float, seed: i
     drawn = drawn[np.isfinite(drawn)]
     tails = [(1 - level) / 2, (1 + level) / 2]
     low, high = np.quantile(drawn, tails) if len(drawn) else _NOWHERE
+    if len(drawn) and abs(median_bias(mean, drawn)) > MAX_MEDIAN_BIAS:
+        low, high = 2 * mean - high, 2 * mean - low
     deviation = float(every.std(ddof=1)) if len(every) > 1 else math.nan
     return Spread(
         tuple(every.tolist()), mean, deviation, student_interval(every, level), (float(low), float(high))

@@ -29,7 +29,7 @@ Statistics: TypeAlias = Callable[[FloatArray], Mapping[str, FloatArray]]
 _CHUNK = 100_000
 """Weights held at once: 0.8 MB. Larger arrays fall out of the cache, which costs a factor of three."""
 
-_MAX_BIAS = 1.0
+MAX_MEDIAN_BIAS = 1.0
 """How many standard errors of median bias BCa is trusted to correct.
 
 Plug-in calibration errors of well calibrated models exceed this: nearly every resample lies above the value,
@@ -256,11 +256,8 @@ def interval(value: float, resampled: FloatArray, jackknife: FloatArray, level: 
         return Estimate(value, float("nan"), float("nan"), nowhere, nowhere, nowhere)
     tails = np.array([(1 - level) / 2, (1 + level) / 2])
     low, high = (float(limit) for limit in np.quantile(defined, tails))
-    # Sums in another order differ in their last digits; such resamples are equal to the value, not below it.
-    slack = 1e-12 * max(1.0, abs(value))
-    below = np.mean(defined < value - slack) + 0.5 * np.mean(np.abs(defined - value) <= slack)
     bca = nowhere
-    if abs(z0 := special.ndtri(below)) <= _MAX_BIAS:
+    if abs(z0 := median_bias(value, defined)) <= MAX_MEDIAN_BIAS:
         z = z0 + special.ndtri(tails)
         shares = special.ndtr(z0 + z / (1 - _acceleration(jackknife) * z))
         first, last = np.quantile(defined, shares)
@@ -273,6 +270,14 @@ def interval(value: float, resampled: FloatArray, jackknife: FloatArray, level: 
         basic=(2 * value - high, 2 * value - low),
         bca=bca,
     )
+
+
+def median_bias(value: float, resampled: FloatArray) -> float:
+    """Return z₀ = Φ⁻¹(share of resamples below the value), equals counted half: 0 where the value is their median."""
+    # Sums in another order differ in their last digits; such resamples are equal to the value, not below it.
+    slack = 1e-12 * max(1.0, abs(value))
+    below = np.mean(resampled < value - slack) + 0.5 * np.mean(np.abs(resampled - value) <= slack)
+    return float(special.ndtri(below))
 
 
 def _acceleration(jackknife: FloatArray) -> float:

@@ -58,8 +58,8 @@ def what_was_run(study: Study) -> str:
         f"* Ensembles of {sizes.members} that are evaluated whole: {done}.",
         f"* Documents at epoch {END} and of the prior: {end}.",
         f"* At epochs {' and '.join(map(str, EPOCHS[:-1]))}: {earlier}; comparisons of epochs use these.",
-        f"* Trained on {sizes.trained_on} questions; each epoch's temperature is from {sizes.validated_on} "
-        f"questions of {IN_DOMAIN}'s validation split.",
+        f"* Trained on {sizes.trained_on} questions, {sizes.dtype}; each epoch's temperature is from "
+        f"{sizes.validated_on} questions of {IN_DOMAIN}'s validation split.",
         *time_and_machine(steps(sizes), study.records),
     ]
     return "\n".join(lines) + "\n"

@@ -20,8 +20,9 @@ TRAINED_ON, VALIDATED_ON = 100, 160
 
 LAST = {IN_DOMAIN: 1000, "arc_challenge": 500, "hellaswag": 500}
 EARLIER = {IN_DOMAIN: 300, "arc_challenge": 100, "hellaswag": 100}
+LETTERS = "commonsense_qa"
 FOREIGN = {
-    "commonsense_qa": 200,
+    LETTERS: 200,
     "mmlu_astronomy_continuation": 100,
     "mmlu_conceptual_physics_continuation": 100,
     "mmlu_high_school_geography_continuation": 100,

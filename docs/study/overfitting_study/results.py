@@ -19,7 +19,7 @@ from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.metrics.battery import Battery
 from lm_eval_lora_ensemble.metrics.bootstrap import Bootstrapped, ResamplingPlan, bootstrap, mean_of
 from lm_eval_lora_ensemble.metrics.detection import AnswerForm, DetectionStatistics
-from lm_eval_lora_ensemble.metrics.predictions import Predictions
+from lm_eval_lora_ensemble.metrics.predictions import Predictions, check_same_documents
 from lm_eval_lora_ensemble.metrics.retention import retention
 from overfitting_study.plan import EPOCHS, IN_DOMAIN, PRIOR, VALIDATION, Sizes, evaluation_of
 
@@ -70,7 +70,8 @@ class Study(StudyFolder[Sizes]):
     def judge(self, measure: Measure, view: Distribution) -> Judged | None:
         """Return a measure for every seed that has what it needs; None where none has, or the view is undefined."""
         found = {}
-        for seed in range(self.sizes.seeds):
+        is_prior = isinstance(measure, Ensemble) and measure.of.epoch == PRIOR  # one, whatever was trained
+        for seed in range(1 if is_prior else self.sizes.seeds):
             try:
                 found[seed] = self.measured(measure, seed, view)
             except NotThereError:  # noqa: PERF203 - the other seeds count
@@ -93,13 +94,16 @@ class Study(StudyFolder[Sizes]):
 
         Raises:
             NotThereError: this was not evaluated yet, or the view has no scale for the task.
+            EnsembleError: other documents than another epoch, seed or λ was judged on.
         """
         key = of, seed, view
         if key not in self._predictions:
             judged = self.under(of, seed, view)
             if of.task not in judged:
                 raise NotThereError(judged.skipped.get(of.task, f"{of.task} was not evaluated yet"))
-            self._predictions[key] = judged.predictions(of.task).take(np.arange(of.documents))
+            found = judged.predictions(of.task).take(np.arange(of.documents))
+            check_same_documents(self._documents.setdefault((of.task, of.documents), found), found)
+            self._predictions[key] = found
         return self._predictions[key]
 
     def under(self, of: Of, seed: int, view: Distribution) -> Run:
@@ -131,8 +135,15 @@ class Study(StudyFolder[Sizes]):
             raise NotThereError(f"λ = {penalty}, seed {seed}, epoch {epoch} was not evaluated yet")
         key = ("", 0, PRIOR) if epoch == PRIOR else (penalty, seed, epoch)
         if key not in self._runs:
-            (self._runs[key],) = merge_runs([load_samples(self.output / name) for name in names])
+            (self._runs[key],) = merge_runs([self._load(name) for name in names])
         return self._runs[key]
+
+    def _load(self, name: str) -> Run:
+        # the prior's runs are one model's by the place of its adapters, and the folder may have moved between them
+        run, place = load_samples(self.output / name), self.records[name].adapters
+        return replace(
+            run, config={**run.config, "model_args": {**run.config["model_args"], "adapters": place}}
+        )
 
     @cached_property
     def _measured(self) -> dict[tuple[Measure, int, Distribution], Bootstrapped]:
@@ -144,6 +155,10 @@ class Study(StudyFolder[Sizes]):
 
     @cached_property
     def _runs(self) -> dict[tuple[str, int, int], Run]:
+        return {}
+
+    @cached_property
+    def _documents(self) -> dict[tuple[str, int], Predictions]:
         return {}
 
     @cached_property

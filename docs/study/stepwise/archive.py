@@ -24,6 +24,11 @@ DECIMALS = 4
 _OF_AN_ENSEMBLE = ("fingerprint", "epoch", "calibration")
 
 
+def beside(page: Path) -> Path:
+    """Return where the numbers lie that a published page is made of."""
+    return page.parent / "study" / f"{page.stem}.tar.xz"
+
+
 def pack(output: Path, records: Mapping[str, Record], archive: Path) -> None:
     """Write the numbers of all steps that are done, the same bytes for the same numbers.
 
@@ -42,7 +47,9 @@ def pack(output: Path, records: Mapping[str, Record], archive: Path) -> None:
             path = output / RECORDS / f"{name}.json"
             _add(tar, str(path.relative_to(output)), path.read_text(encoding="utf-8"))
             for file in sorted((output / name).rglob("*_20*.json*")) if name.startswith("results/") else ():
-                lines = _samples(file) if file.suffix == ".jsonl" else [_results(file, output)]
+                lines = (
+                    _samples(file) if file.suffix == ".jsonl" else [_results(file, records[name].adapters)]
+                )
                 _add(tar, f"{name}/{file.name}", "".join(f"{line}\n" for line in lines))
     flush(scratch)
     scratch.replace(archive)
@@ -83,13 +90,11 @@ def _samples(file: Path) -> Iterator[str]:
         yield json.dumps({**sample, "other_class": of_task.other_class}, separators=(",", ":"))
 
 
-def _results(file: Path, output: Path) -> str:
+def _results(file: Path, adapters: str) -> str:
     """Return what tells models apart and their temperatures; no path of the machine that they were made on."""
-    config = json.loads(file.read_text(encoding="utf-8"))["config"]
-    ensemble = config["lora_ensemble"]
+    ensemble = json.loads(file.read_text(encoding="utf-8"))["config"]["lora_ensemble"]
     kept = {key: ensemble.get(key) for key in _OF_AN_ENSEMBLE}
     kept["base_model"] = Path(ensemble["base_model"]).name
-    adapters = config["model_args"]["adapters"].replace(str(output), "{output}")
     return json.dumps(
         {"results": {}, "config": {"model_args": {"adapters": adapters}, "lora_ensemble": kept}}
     )

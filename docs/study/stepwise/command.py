@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,7 @@ from lm_eval_lora_ensemble.errors import (
     interruption_line,
 )
 from lm_eval_lora_ensemble.precision import fast_dtype
-from stepwise.archive import pack, unpack
+from stepwise.archive import beside, pack, unpack
 from stepwise.running import Record, Step, estimate, in_words, read_records, run
 from stepwise.study import S, StudyFolder
 
@@ -36,6 +37,7 @@ class Script(Generic[S, T]):
     Attributes:
         page: of docs/, that ``--publish`` writes.
         sizes: from the arguments; raises EnsembleError for what is no size.
+        published: the sizes of the page, from the base's dtype.
         steps: all of them, in order.
         study: from sizes, folder, records and settings.
         filled: the page's text with the tables of a study.
@@ -44,15 +46,11 @@ class Script(Generic[S, T]):
 
     page: Path
     sizes: Callable[[argparse.Namespace], S]
+    published: Callable[[str], S]
     steps: Callable[[S], Sequence[Step]]
     study: Callable[[S, Path, Mapping[str, Record], Settings], T]
     filled: Callable[[str, T], str]
     draw: Callable[[T, Path], None]
-
-    @property
-    def archive(self) -> Path:
-        """Where the numbers lie that the published page is made of."""
-        return self.page.parent / "study" / f"{self.page.stem}.tar.xz"
 
 
 def parser(description: str | None, *, seeds: int, page: Path) -> argparse.ArgumentParser:
@@ -95,14 +93,16 @@ def main(script: Script[S, T], arguments: argparse.Namespace) -> None:
         EnsembleError: sizes that are none, a step that failed, or results of other settings.
     """
     sizes, output = script.sizes(arguments), arguments.output.expanduser().absolute()
-    if arguments.publish and sizes.is_trial:
+    if arguments.publish and sizes != script.published(sizes.dtype):
         raise EnsembleError(
-            f"--publish: a trial says nothing; {script.page.name} has results of full size only"
+            f"--publish: {script.page.name} has results of the default sizes, as far as they are done; give no other"
         )
     if output.exists() and not output.is_dir():
         raise EnsembleError(f"--output {output} is a file; name a folder")
     if arguments.jobs < 1:
         raise EnsembleError(f"--jobs {arguments.jobs}: give at least one step at a time")
+    if arguments.jobs > 1 and torch.cuda.is_available():
+        raise EnsembleError("--jobs: steps that share a GPU say nothing of what each costs; give 1")
     every = script.steps(sizes)
     if arguments.plan:
         _plan(every, output, arguments.jobs)
@@ -110,10 +110,13 @@ def main(script: Script[S, T], arguments: argparse.Namespace) -> None:
     output.mkdir(parents=True, exist_ok=True)
     if not arguments.tables:
         run(every, output, arguments.jobs)
+    records = read_records(every, output)
+    if arguments.publish and not records:
+        raise EnsembleError(f"--publish: nothing is done in {output}")
     _write(script, sizes, every, output, output)
     if arguments.publish:
-        archive = script.archive
-        pack(output, read_records(every, output), archive)
+        archive = beside(script.page)
+        pack(output, records, archive)
         print(f"Numbers: {archive}")
         with tempfile.TemporaryDirectory() as folder:  # a page says what its archive gives, to the last digit
             unpack(archive, Path(folder))
@@ -131,6 +134,7 @@ def _write(script: Script[S, T], sizes: S, every: Sequence[Step], output: Path, 
 
 def serve(script: Script[S, T], arguments: argparse.Namespace) -> None:
     """Run :func:`main` as a command: what goes wrong is one line and an exit code."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends its steps too
     try:
         main(script, arguments)
     except EnsembleError as error:

@@ -38,7 +38,8 @@ def shown(value: Value) -> str:
 
 def time_and_machine(every: Sequence[Step], records: Mapping[str, Record]) -> list[str]:
     """Return the machine, and what the steps took and will take, as points of a list."""
-    took = sum(record.seconds for record in records.values())
+    at_a_time = [record.machine.get("steps at a time", 1) for record in records.values()]
+    took = sum(record.seconds / jobs for record, jobs in zip(records.values(), at_a_time, strict=True))
     worked = sum(record.cost for record in records.values())
     left = estimate(every, records)
     machines = dict.fromkeys(
@@ -49,5 +50,5 @@ def time_and_machine(every: Sequence[Step], records: Mapping[str, Record]) -> li
         *(f"* Machine: {machine}." for machine in machines),
         f"* Steps: {len(records)} of {len(every)}, {at_least}{in_words(took)} by the clock, "
         + f"{in_words(worked)} of one core. "
-        + (f"Left: about {in_words(sum(left.values()))}." if left else "Nothing is left."),
+        + (f"Left: about {in_words(sum(left.values()) / max(at_a_time))}." if left else "Nothing is left."),
     ]

@@ -6,6 +6,7 @@ In the output folder, ``records`` has a file for each step that is done: its com
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import os
 import platform
@@ -21,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from lm_eval_lora_ensemble.disk import read_json, write_json
 from lm_eval_lora_ensemble.errors import EnsembleError
@@ -73,6 +73,12 @@ class Record:
     interrupted: bool
     machine: Mapping[str, Any]
 
+    @property
+    def adapters(self) -> str:
+        """What an evaluation's ``--model_args`` name, with ``{output}`` for the study's folder."""
+        given = self.command[self.command.index("--model_args") + 1]
+        return dict(pair.split("=", 1) for pair in given.split(","))["adapters"]
+
 
 def read_records(steps: Sequence[Step], output: Path) -> dict[str, Record]:
     """Return the records of the steps that are done, by name.
@@ -93,9 +99,12 @@ def read_records(steps: Sequence[Step], output: Path) -> dict[str, Record]:
                 f"{path} is no record of a step; remove it, and the step is run again"
             ) from error
         if record.command != step.command:
-            changed = [word for word in step.command if word not in record.command]
+            now, then = (
+                " ".join(word for word in one if word not in other) or "fewer words"
+                for one, other in [(step.command, record.command), (record.command, step.command)]
+            )
             raise EnsembleError(
-                f"{path}: done with other settings (now {' '.join(changed)}); give the same, or another --output"
+                f"{path}: done with other settings ({then}; now {now}); give the same, or another --output"
             )
         records[step.name] = record
     return records
@@ -133,38 +142,57 @@ def run(steps: Sequence[Step], output: Path, jobs: int = 1) -> None:
             were finished. Or another process is at work in the folder, and two would do each other's steps.
     """
     output.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(output / ".lock", timeout=0):
-            _Running(steps, output, jobs).run()
-    except Timeout:
-        raise EnsembleError(f"{output}: another process runs this study; wait for it, or end it") from None
+    with (output / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise EnsembleError(
+                f"{output}: another process runs this study, or a step of it; wait for it, or end it"
+            ) from None
+        _Running(steps, output, jobs, lock.fileno()).run()
 
 
 class _Running:
     """The steps at work, the records of those that are done, and what waits."""
 
-    def __init__(self, steps: Sequence[Step], output: Path, jobs: int) -> None:
-        self.steps, self.output, self.jobs = steps, output, jobs
+    def __init__(self, steps: Sequence[Step], output: Path, jobs: int, lock: int) -> None:
+        self.steps, self.output, self.jobs, self.lock = steps, output, jobs, lock
         self.threads = max(1, torch.get_num_threads() // jobs)
         self.records = read_records(steps, output)
         self.waiting = [step for step in steps if step.name not in self.records]
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.stopping = False
 
     def run(self) -> None:
+        pool = ThreadPoolExecutor(self.jobs)
+        try:
+            self._run_all(pool)
+        except KeyboardInterrupt:
+            self.stopping = True
+            for process in list(self.processes.values()):
+                process.terminate()
+            raise
+        finally:
+            pool.shutdown()
+
+    def _run_all(self, pool: ThreadPoolExecutor) -> None:
         at_work: dict[Future[Record], Step] = {}
-        with ThreadPoolExecutor(self.jobs) as pool:
-            try:
-                while self.waiting or at_work:
-                    for step in self._ready()[: self.jobs - len(at_work)]:
-                        self._announce(step)
-                        self.waiting.remove(step)
-                        at_work[pool.submit(self._run, step)] = step
-                    for done in wait(at_work, return_when=FIRST_COMPLETED).done:
-                        self.records[at_work.pop(done).name] = done.result()
-            except KeyboardInterrupt:
-                for process in list(self.processes.values()):
-                    process.terminate()
-                raise
+        failed: EnsembleError | None = None
+        while at_work or (self.waiting and not failed):
+            for step in self._ready()[: 0 if failed else self.jobs - len(at_work)]:
+                self._announce(step)
+                self.waiting.remove(step)
+                at_work[pool.submit(self._run, step)] = step
+            for done in wait(at_work, return_when=FIRST_COMPLETED).done:
+                step = at_work.pop(done)
+                try:
+                    self.records[step.name] = done.result()
+                except EnsembleError as error:
+                    failed = failed or error
+                    if at_work:
+                        print(f"{error}; the others are finished first", flush=True)
+        if failed:
+            raise failed
 
     def _ready(self) -> list[Step]:
         left = {step.name for step in self.steps} - self.records.keys()
@@ -191,10 +219,18 @@ class _Running:
             command = [word.replace(mark, place) for word in command]
         began = time.perf_counter()
         with log.open("a", encoding="utf-8") as lines:
+            before = lines.seek(0, os.SEEK_END)
+            # a step outlives a study that is killed, and holds its lock
             process = subprocess.Popen(
-                command, stdout=lines, stderr=lines, env={**os.environ, "OMP_NUM_THREADS": str(self.threads)}
+                command,
+                stdout=lines,
+                stderr=lines,
+                env={**os.environ, "OMP_NUM_THREADS": str(self.threads)},
+                pass_fds=(self.lock,),
             )
             self.processes[step.name] = process
+            if self.stopping:
+                process.terminate()
             # of this process alone: others end meanwhile
             _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -202,7 +238,7 @@ class _Running:
         seconds = time.perf_counter() - began
         cost = seconds if torch.cuda.is_available() else used.ru_utime + used.ru_stime
         if process.returncode:
-            said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            said = log.read_bytes()[before:].decode(errors="replace").strip().splitlines()
             last = said[-1] if said else "it said nothing"
             raise EnsembleError(
                 f"{step.name} ended with status {process.returncode}: {last}; its log is {log}"

@@ -18,6 +18,10 @@ class Sizes(Protocol):
     """What is asked for."""
 
     @property
+    def dtype(self) -> str:
+        """Of the base model."""
+
+    @property
     def is_trial(self) -> bool:
         """Whether something is smaller than in the study itself, so that its numbers say nothing."""
 
