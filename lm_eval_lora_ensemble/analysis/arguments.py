@@ -15,7 +15,7 @@ from lm_eval_lora_ensemble.metrics.calibration import DEFAULT_BINS
 from lm_eval_lora_ensemble.metrics.choice_scores import SCORE_KINDS
 
 
-def add_settings(parser: argparse.ArgumentParser) -> None:
+def add_settings(parser: argparse.ArgumentParser, *, primary: bool = False) -> None:
     """Declare ``--ood``, and what :func:`add_evaluation` declares."""
     parser.add_argument(
         "--ood",
@@ -24,21 +24,28 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         metavar="TASK",
         help="a task or group that is out-of-domain: tell it from the others by each uncertainty; repeatable",
     )
-    add_evaluation(parser)
+    add_evaluation(parser, primary=primary)
 
 
-def add_evaluation(parser: argparse.ArgumentParser) -> None:
-    """Declare what :func:`settings_of` and :func:`asked_distribution` read."""
+def add_evaluation(parser: argparse.ArgumentParser, *, primary: bool = False) -> None:
+    """Declare what :func:`settings_of` and :func:`asked_distribution` read.
+
+    Args:
+        parser: of a verb.
+        primary: the verb judges by :func:`primary_distribution` unless told otherwise.
+    """
+    by_default = "the default, unless every run has a T from validation: then chars and that T"
     parser.add_argument(
         "--scores",
         choices=SCORE_KINDS,
-        help="what a choice's loglikelihood is divided by before the softmax: sum (nothing, the default) or its length",
+        help="what a choice's loglikelihood is divided by before the softmax: sum (nothing, "
+        f"{by_default if primary else 'the default'}) or its length",
     )
     parser.add_argument(
         "--temperature",
         metavar="T",
-        help="of the softmax: 1 (the default), validation (fitted by training or `calibrate`), crossfit (an oracle), "
-        "or a task of the run that it is fitted on",
+        help=f"of the softmax: 1 (the default{' with --scores' if primary else ''}), validation (fitted by training or "
+        "`calibrate`), crossfit (an oracle), or a task of the run that it is fitted on",
     )
     parser.add_argument(
         "--bins", type=int, default=DEFAULT_BINS, help="calibration bins (default %(default)s)"

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--license", help="of the adapters, by the Hub's identifier, such as apache-2.0")
     parser.add_argument("--force", action="store_true", help="also replace a README.md that somebody wrote")
-    add_evaluation(parser)
+    add_evaluation(parser, primary=True)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -31,7 +31,7 @@ class Scale:
     """One fitted temperature.
 
     Attributes:
-        temperature: T, within 0.01 and 100.
+        temperature: T, within 0.0001 and 100.
         standard_error: of log T; None at a limit and for a single document.
         at_limit: the search ended at a limit: all documents right, or no better than chance.
     """

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, default=Path("report"), help="folder to write (default: report)"
     )
     parser.add_argument("--title", help="of the page")
-    add_settings(parser)
+    add_settings(parser, primary=True)
     add_replicates(parser)
     parser.add_argument(
         "--documents", type=int, default=3000, help="documents the page shows, about (default %(default)s)"
