@@ -53,6 +53,7 @@ def _programs(folder: Path) -> None:
         "lm_eval": "lm_eval_lora_ensemble",
         "lora-ensemble": "lm_eval_lora_ensemble.cli",
         "accelerate": "accelerate.commands.accelerate_cli",
+        "torchrun": "torch.distributed.run",
     }
     for name, module in modules.items():
         # accelerate starts scripts by their path (--no_python), so a program has to be one

@@ -2,17 +2,19 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from lm_eval_lora_ensemble import cli
 from lm_eval_lora_ensemble.analysis.comparison import compare
-from lm_eval_lora_ensemble.analysis.evaluation import evaluate
+from lm_eval_lora_ensemble.analysis.evaluation import evaluate, macro_mean
 from lm_eval_lora_ensemble.analysis.result import Settings
 from lm_eval_lora_ensemble.analysis.runs import Run
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.metrics.battery import Battery
+from lm_eval_lora_ensemble.metrics.bootstrap import ResamplingPlan, bootstrap
 from lm_eval_lora_ensemble.metrics.choices import choice_probabilities
 from lm_eval_lora_ensemble.metrics.predictions import Predictions
 from lm_eval_lora_ensemble.metrics.registry import METRICS
@@ -108,6 +110,24 @@ def test_runs_compared_on_the_same_documents_only(run):
         compare(run, Run("short", "", {}, {"a": run.tasks["a"].take(np.arange(10))}), QUICK)
     with pytest.raises(EnsembleError, match="no task in common"):
         compare(run, Run("else", "", {}, {"z": run.tasks["a"]}), QUICK)
+    unknown = replace(run.tasks["b"], is_gold=None)
+    assert set(compare(run, Run("half", "", {}, {**run.tasks, "b": unknown}), QUICK)) == {"a", "c"}
+    with pytest.raises(EnsembleError, match="no task in common whose right answers are known"):
+        compare(run, Run("none", "", {}, {"b": unknown}), QUICK)
+
+
+def test_a_macro_mean_of_tasks_with_fewer_resamples_each_takes_as_many_as_all_have():
+    rng = np.random.default_rng(0)
+    parts = []
+    for documents, resamples in ((40, 300), (60, 200)):
+        values = rng.normal(size=documents)
+        plan = ResamplingPlan(documents, resamples)
+        parts.append(bootstrap(lambda w, v=values: {"x": w @ v / w.sum(axis=1)}, plan))
+    found, tasks = macro_mean("x", parts, 0.95)
+    assert tasks == 2
+    assert found.value == pytest.approx(np.mean([part.value["x"] for part in parts]))
+    both = np.mean([part.resampled["x"][:200] for part in parts], axis=0)
+    assert found.percentile == pytest.approx(tuple(np.quantile(both, [0.025, 0.975])))
 
 
 @pytest.fixture
@@ -163,3 +183,8 @@ def test_a_second_run_is_compared_with_the_first(folder, tmp_path, capsys):
     second = next(other.glob("samples_a_*"))
     assert cli.main(["analyse", str(first), str(second), "--resamples", "20"]) == 0
     assert "paired" in capsys.readouterr().out
+    different = second.rename(second.with_name(second.name.replace("samples_a", "samples_z")))
+    written = tmp_path / "found.json"
+    assert cli.main(["analyse", str(first), str(different), "--resamples", "20", "--json", str(written)]) == 0
+    assert "Not compared:" in capsys.readouterr().out
+    assert len(json.loads(written.read_text())["runs"]) == 2

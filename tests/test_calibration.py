@@ -251,6 +251,8 @@ def test_calibrate_writes_a_manifest_for_adapters_from_elsewhere(place, trained,
     assert find_ensemble(plain).fingerprint == before.fingerprint
     assert find_ensemble(plain, epoch=1).fingerprint == first.fingerprint
     assert [entry.folder for entry in manifest.members] == ["run member_00", "run member_01"]
+    steps = [set(trained.joinpath(name).glob("step_*")) for name in ("member_00", "member_01")]
+    assert [len(entry.steps) for entry in manifest.members] == [len(kept) for kept in steps]
     assert main(["check", str(plain)]) == 0
     (plain / "run member_00" / "adapter_model.safetensors").write_bytes(b"")
     assert main(["check", str(plain)]) == 2

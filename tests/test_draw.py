@@ -235,6 +235,26 @@ def test_two_runs_do_not_write_one_folder(stopped, one):
         draw("dropout", one, p=0.3, draws=5, output=stopped)
 
 
+def test_the_output_may_be_reached_by_any_path(one, tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    monkeypatch.chdir(tmp_path / "work")
+    drawn = [
+        draw("dropout", one, p=0.1, draws=1, output=place) for place in ("../d", tmp_path / "link" / "d")
+    ]
+    assert files(drawn[0]) == files(drawn[1])
+    assert find_ensemble(tmp_path / "disk" / "d").fingerprint == find_ensemble(tmp_path / "d").fingerprint
+
+
+def test_what_a_kill_left_of_the_first_file_is_in_nobodys_way(one, tmp_path):
+    (tmp_path / "d").mkdir()
+    half = tmp_path / "d" / ".draw.json.123.tmp"
+    half.touch()
+    draw("dropout", one, p=0.1, draws=1, output=tmp_path / "d")
+    assert not half.exists()
+
+
 def test_an_error_leaves_nothing_behind(one, tmp_path, monkeypatch):
     with pytest.raises(EnsembleError, match="give p="):
         draw("dropout", one, output=tmp_path / "d")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from harness_tasks import write_own_scoring, write_tasks
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from two_processes import in_two_processes
 
 from lm_eval_lora_ensemble import cli
 from lm_eval_lora_ensemble.analysis.runs import load_runs
@@ -312,12 +312,8 @@ def test_a_repeated_run_is_equal_to_the_last_bit(one_process, ensemble, task_fol
 
 
 def test_two_processes_give_the_same_results(one_process, ensemble, task_folder, tmp_path):
-    launch = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
-    run(
-        *(*launch, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
-        *command(ensemble, task_folder, tmp_path),
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    done = in_two_processes(*command(ensemble, task_folder, tmp_path))
+    assert "contexts for plain_a on rank 1" in done.stderr
     results, samples = read(tmp_path)
     for task, row in one_process[0]["results"].items():
         for metric, value in row.items():

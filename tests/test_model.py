@@ -187,6 +187,15 @@ def test_a_cache_belongs_to_one_base_model(ensemble, llama, tmp_path):
         caching(lora(ensemble, pretrained=str(other), allow_base_mismatch=True), tmp_path / "cache.db")
 
 
+def test_a_cache_knows_how_its_requests_were_encoded(ensemble, tmp_path):
+    caching(lora(ensemble), tmp_path / "cache.db").dbdict.close()
+    with pytest.raises(EnsembleError, match="add_bos_token differ: None there, True now"):
+        caching(lora(ensemble, add_bos_token=True), tmp_path / "cache.db")
+    caching(lora(ensemble, add_bos_token=True), tmp_path / "bos.db").dbdict.close()
+    with pytest.raises(EnsembleError, match="add_bos_token differ: True there, None now"):
+        caching(lora(ensemble), tmp_path / "bos.db")
+
+
 def test_a_cache_of_another_model_is_refused(llama, ensemble, tmp_path):
     theirs = caching(hf(llama), tmp_path / "cache.db")
     theirs.loglikelihood(instances(PAIRS[:2]))

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import harness_tasks
@@ -23,6 +20,7 @@ from lm_eval import simple_evaluate
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from two_processes import in_two_processes
 
 from lm_eval_lora_ensemble.analysis.distribution import Distribution
 from lm_eval_lora_ensemble.analysis.runs import load_runs
@@ -226,20 +224,10 @@ def test_tokens_count_where_they_were_logged(run, tmp_path):
 
 @pytest.mark.long  # test_harness_tasks has two processes in the default suite
 def test_two_processes_give_the_same_twins(found, ensemble, folder, tmp_path):
-    launch = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
-    settings = ("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")
     lm_eval = ("-m", "lm_eval_lora_ensemble", "run", "--model", "lora-ensemble", "--device", "cpu")
     which = ("--model_args", f"adapters={ensemble}", "--tasks", "long", "--include_path", str(folder))
     files = ("--log_samples", "--output_path", str(tmp_path))
-    done = subprocess.run(
-        [sys.executable, *launch, *settings, *lm_eval, *which, *files],
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_two_processes(*lm_eval, *which, *files)
     (file,) = tmp_path.rglob("results_*.json")
     results = json.loads(file.read_text())["results"]
     (two,) = load_runs(tmp_path)

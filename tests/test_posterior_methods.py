@@ -279,6 +279,15 @@ def test_each_refusal_of_an_adapter_is_one_line(llama, ensemble, tmp_path, edit_
         "base_model.model.model.embed_tokens.lora_embedding_B": torch.ones(48, 4),
     }
     save_file({**weights(embedded), **embedding}, embedded / WEIGHTS)
+    tied_off = adapter("tied_off", target_modules=["q_proj", "v_proj"])
+    carried = {"base_model.model.lm_head.base_layer.weight": torch.zeros(600, 48)}
+    save_file({**weights(tied_off), **carried}, tied_off / WEIGHTS)
+    assert torch.equal(  # the base's own, which PEFT saves with an adapter of the head
+        fitted("dropout", tied_off, p=0.1)[1].draw(torch.Generator())[
+            "base_model.model.lm_head.base_layer.weight"
+        ],
+        torch.zeros(600, 48),
+    )
     for source, options, said in (
         (plain, {}, "was trained without dropout .* give p="),
         (plain, {"p": 0}, "p=0: give a number above 0 and below 1"),

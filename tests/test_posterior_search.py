@@ -53,6 +53,20 @@ def test_least_finds_the_minimum_before_the_plateau(optimum):
     assert loss(found) == min(step.value for step in path)
 
 
+@pytest.mark.parametrize("beginning", [[9.1, 9.4, 9.3, 9.2], [math.inf] * 4])
+def test_least_goes_on_through_what_is_far_worse_than_the_plateau(beginning):
+    def loss(x):
+        place = round(math.log10(x))
+        return (
+            beginning[place]
+            if 0 <= place < len(beginning) and x < 5e3
+            else 2 + (math.log10(x) - 6) ** 2 / 100 - 0.1
+        )
+
+    found = least(lambda x: min(loss(x), 2.0) if x > 1e8 else loss(x), 2.0, start=1.0, steps=8, path=[])
+    assert abs(math.log10(found) - 6) < 0.5
+
+
 def test_least_stops_on_a_plateau_that_is_the_best():
     path: list[Step] = []
     found = least(lambda x: 1 + 1 / x, 1.0, start=10.0, path=path)

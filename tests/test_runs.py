@@ -252,6 +252,44 @@ def test_runs_are_told_apart_and_joined_only_if_of_one_model(tmp_path, scores):
     assert load_samples(tmp_path / f"results_{other}.json").tasks.keys() == {"b"}
 
 
+def test_runs_with_other_temperatures_are_not_joined(tmp_path, scores):
+    lines = [sample(d, s, 1) for d, s in enumerate(scores)]
+    other = DATE.replace("03", "04", 1)
+    write(tmp_path, "a", lines)
+    write(tmp_path, "b", lines, other)
+
+    def known(date, calibration):
+        ensemble = {"fingerprint": "f", "epoch": None, "calibration": calibration}
+        results(tmp_path, date, config={"lora_ensemble": ensemble})
+
+    known(DATE, {"scores": 1})
+    for calibration, runs in (({"scores": 1}, 1), (None, 1), ({"scores": 2}, 2)):
+        known(other, calibration)
+        assert len(merge_runs(load_runs(tmp_path))) == runs
+
+
+def test_a_tasks_own_scoring_makes_its_target_no_right_answer(tmp_path, scores):
+    lines = [sample(d, s, 0, members=None, acc=None) for d, s in enumerate(scores)]
+    write(tmp_path, "pairs", lines)
+    results(tmp_path)
+    assert load_samples(tmp_path).tasks["pairs"].is_gold is not None
+    results(tmp_path, configs={"pairs": {"process_results": "def process_results(…"}})
+    predictions = load_samples(tmp_path).tasks["pairs"]
+    with pytest.raises(EnsembleError, match="a rule of its own"):
+        predictions.require_gold()
+
+
+def test_a_run_without_anything_to_analyse_does_not_hide_the_others(tmp_path, scores, caplog):
+    write(tmp_path, "a", [sample(0, scores[0], 1)])
+    other = DATE.replace("03", "04", 1)
+    write(tmp_path, "gsm8k", [sample(0, scores[0], 1, members=None, filtered_resps=["42"])], other)
+    (run,) = load_runs(tmp_path)
+    assert list(run.tasks) == ["a"]
+    assert f"{other}: no task can be analysed: gsm8k: not a multiple-choice" in caplog.text
+    with pytest.raises(EnsembleError, match="gsm8k"):
+        load_runs(tmp_path / f"samples_gsm8k_{other}.jsonl")
+
+
 def test_generation_tasks_are_skipped_with_a_reason(tmp_path, scores):
     write(tmp_path, "a", [sample(0, scores[0], 1)])
     write(tmp_path, "gsm8k", [sample(0, scores[0], 1, members=None, filtered_resps=["42"])])

@@ -7,11 +7,8 @@ import doctest
 import json
 import logging
 import math
-import os
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +25,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from sqlitedict import SqliteDict
 from string_tasks import write_string_tasks
+from two_processes import in_two_processes
 
 from lm_eval_lora_ensemble import cli
 from lm_eval_lora_ensemble.analysis.runs import load_runs
@@ -302,19 +300,7 @@ def command(ensemble: Path, folder: Path, output: Path) -> list[str]:
 def saved(ensemble, task_folder, tmp_path_factory) -> Path:
     """What lm-eval's command wrote, scored by two processes."""
     output = tmp_path_factory.mktemp("two")
-    launch = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
-    done = subprocess.run(
-        [
-            *(sys.executable, *launch, "--mixed_precision", "no", "--dynamo_backend", "no"),
-            *("--main_process_port", "0", *command(ensemble, task_folder, output)),
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DISABLE_MULTIPROC": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = in_two_processes(*command(ensemble, task_folder, output), DISABLE_MULTIPROC="1")
     assert "reverse_mutual_information" in done.stdout
     return output
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -17,6 +16,7 @@ from conftest import n_stored, random_adapters
 from harness_tasks import write_tasks
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
+from two_processes import in_two_processes
 
 from lm_eval_lora_ensemble import cli
 from lm_eval_lora_ensemble.analysis.runs import load_runs
@@ -101,20 +101,10 @@ def test_another_sweep_is_refused(trained, tasks, tmp_path, capsys):
 
 @pytest.mark.long  # test_harness_tasks has two processes in the default suite
 def test_two_processes_sweep_as_one_does(trained, tasks, tmp_path):
-    """``accelerate launch``: both score, the first one writes, and neither removes what the other still needs."""
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    """Both score, the first one writes, and neither removes what the other still needs."""
     words = ["-m", "lm_eval_lora_ensemble.cli", "sweep", str(trained), "--epochs", "1,2"]
     words += ["--tasks", "plain_a", "--ood", "plain_b"]
-    done = subprocess.run(
-        [sys.executable, *launch, *words, "--include_path", str(tasks), "--output", str(tmp_path / "two")],
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = in_two_processes(*words, "--include_path", str(tasks), "--output", str(tmp_path / "two"))
     assert done.stdout.count("epoch 1:") == 1
     assert done.stdout.count("To see them") == 1
     assert sweep(trained, tasks, tmp_path / "one", "--epochs", "1,2") == 0
@@ -171,6 +161,12 @@ def test_what_cannot_be_swept_is_named(trained, tasks, tmp_path, capsys, extra, 
     assert sweep(trained, tasks, tmp_path / "out", *extra) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()  # or the corrected command would be refused as another sweep
+
+
+def test_a_model_that_cannot_be_loaded_leaves_nothing_behind(trained, tasks, tmp_path):
+    with pytest.raises(AttributeError, match="float33"):
+        sweep(trained, tasks, tmp_path / "out", "--epochs", "0", "--model_args", "dtype=float33")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path, tasks, capsys):

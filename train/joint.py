@@ -144,7 +144,7 @@ class JointEngine(Engine):
             batch = layout.batch([documents] * len(names), length, self.device)
             with torch.no_grad(), self.lineup.scoring([self.names.index(name) for name in names]):
                 lls = loglikelihoods(self.head.logits(batch), batch)
-            parts.append(lls.masked_fill(~batch.is_choice, -torch.inf).double().cpu().numpy())
+            parts.append(lls.masked_fill(~batch.is_choice, -torch.inf).cpu().double().numpy())
         return np.concatenate(parts)
 
     def weights(self, name: str) -> dict[str, torch.Tensor]:

@@ -125,7 +125,7 @@ class PlainEngine(Engine):
             self._select(name)
             with torch.no_grad():
                 lls = loglikelihoods(self.head.logits(batch), batch)
-            rows.append(lls.masked_fill(~batch.is_choice, -torch.inf)[0].double().cpu().numpy())
+            rows.append(lls.masked_fill(~batch.is_choice, -torch.inf)[0].cpu().double().numpy())
         return np.stack(rows)
 
     def weights(self, name: str) -> dict[str, torch.Tensor]:

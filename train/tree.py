@@ -41,7 +41,7 @@ def failed_trial(base: Base) -> str | None:
         layout = Layout([Example("trial", 0, choices, (0,))], gold_only=False, use_tree=True, dtype=dtype)
         batch = layout.batch([[0]], layout.lengths()[0], model.device)
         lls = loglikelihoods(ScoredHead(model).logits(batch), batch)
-        of_choices: npt.NDArray[np.float64] = lls[0, 0].double().cpu().numpy()
+        of_choices: npt.NDArray[np.float64] = lls[0, 0].cpu().double().numpy()  # MPS has no float64
         return of_choices
 
     def whole_logits(tokens: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from lm_eval_lora_ensemble.analysis.arguments import (
     settings_of,
     under,
 )
-from lm_eval_lora_ensemble.analysis.comparison import Comparison, compare
+from lm_eval_lora_ensemble.analysis.comparison import Comparison, NothingInCommonError, compare
 from lm_eval_lora_ensemble.analysis.distribution import Distribution
 from lm_eval_lora_ensemble.analysis.evaluation import evaluate
 from lm_eval_lora_ensemble.analysis.replicates import (
@@ -89,7 +89,11 @@ def run(arguments: argparse.Namespace) -> int:
             {**result.to_dict(), "distribution": plain(one.distribution), "scales": plain(scales)}
         )
     for other in runs[1:]:
-        compared = compare(other, runs[0], settings)
+        try:
+            compared = compare(other, runs[0], settings)
+        except NothingInCommonError as error:
+            print(f"\nNot compared: {error}")
+            continue
         _print_comparison(other, runs[0], compared)
         output["comparisons"].append(
             {"run": other.source, "baseline": runs[0].source, "tasks": plain(compared)}

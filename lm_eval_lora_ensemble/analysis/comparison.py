@@ -16,6 +16,10 @@ from lm_eval_lora_ensemble.metrics.bootstrap import Estimate, Statistics, bootst
 from lm_eval_lora_ensemble.metrics.predictions import Predictions, check_same_documents
 
 
+class NothingInCommonError(EnsembleError):
+    """Two runs without a task on which they could be compared."""
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Run A against run B on the same documents of one task.
@@ -45,7 +49,8 @@ def compare(a: Run, b: Run, settings: Settings | None = None) -> dict[str, Compa
         A comparison by task or group; differences are ``a`` minus ``b``.
 
     Raises:
-        EnsembleError: no task in common, or a task with other documents in one run than in the other.
+        NothingInCommonError: no task in common whose right answers are known.
+        EnsembleError: a task with other documents in one run than in the other.
 
     Example:
         >>> from lm_eval_lora_ensemble import compare, load_runs
@@ -54,10 +59,12 @@ def compare(a: Run, b: Run, settings: Settings | None = None) -> dict[str, Compa
         0.0
     """
     chosen = settings or Settings()
-    names = [name for name in a.names() if name in b]
+    shared = [name for name in a.names() if name in b]
+    names = [name for name in shared if all(run.predictions(name).is_gold is not None for run in (a, b))]
     if not names:
         strings = "; whole strings are not compared" if a.strings or b.strings else ""
-        raise EnsembleError(f"{a.source} and {b.source} have no task in common{strings}")
+        known = " whose right answers are known" if shared else ""
+        raise NothingInCommonError(f"{a.source} and {b.source} have no task in common{known}{strings}")
     results = {}
     for name in names:
         first, second = a.predictions(name), b.predictions(name)

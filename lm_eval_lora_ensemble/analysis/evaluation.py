@@ -211,7 +211,9 @@ def macro_mean(metric: str, parts: Sequence[Bootstrapped], level: float) -> tupl
     if not defined.any():
         nothing = np.full(2, np.nan)
         return interval(float("nan"), nothing, nothing, level), 0
-    resampled = np.stack([p.resampled[metric] for p, ok in zip(parts, defined, strict=True) if ok])
+    of_each = [p.resampled[metric] for p, ok in zip(parts, defined, strict=True) if ok]
+    fewest = min(map(len, of_each))  # large tasks have fewer
+    resampled = np.stack([of_task[:fewest] for of_task in of_each])
     with np.errstate(invalid="ignore"):
         return interval(
             float(values[defined].mean()),

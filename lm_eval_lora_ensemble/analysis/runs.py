@@ -7,6 +7,7 @@ run's configuration and its groups.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,13 @@ from lm_eval_lora_ensemble.metrics.predictions import Predictions
 
 _DATE = r"(?P<date>\d{4}-\d{2}-\d{2}T\d{2}-\d{2}-\d{2}(?:\.\d+)?)"
 _SAMPLES = re.compile(rf"samples_(?P<task>.+)_{_DATE}\.jsonl")
+logger = logging.getLogger(__name__)
+
 _RESULTS = re.compile(rf".*_{_DATE}\.json")
+
+
+class NothingToAnalyseError(EnsembleError):
+    """A run of whose tasks none has anything that an analysis could read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -302,20 +309,31 @@ def load_runs(path: Path | str) -> list[Run]:
         task, date = (found["task"], found["date"]) if found else (file.stem.removeprefix("samples_"), "")
         runs.setdefault((file.parent, date), {})[task] = file
     ordered = sorted(runs.items(), key=lambda item: (item[0][1], str(item[0][0])))
-    return [_read_run(folder, date, tasks, place) for (folder, date), tasks in ordered]
+    read, useless = [], []
+    for (folder, date), tasks in ordered:
+        try:
+            read.append(_read_run(folder, date, tasks, place))
+        except NothingToAnalyseError as error:  # noqa: PERF203 - the others of the folder are judged all the same
+            useless.append(error)
+    if not read:
+        raise useless[0]
+    for error in useless:
+        logger.warning("left out: %s", error)
+    return read
 
 
 def merge_runs(runs: Sequence[Run]) -> list[Run]:
     """Join runs of one model that evaluated different tasks, as one lm_eval call for each task leaves them.
 
-    Runs whose model is unknown, or that share a task, stay apart.
+    Runs whose model is unknown, that share a task, or whose temperatures from validation differ stay apart.
     """
     merged: list[Run] = []
     for run in runs:
         for i, other in enumerate(merged):
             known = run.identity and run.identity == other.identity
             theirs = {*other.tasks, *other.strings, *other.answers}
-            if known and not theirs & {*run.tasks, *run.strings, *run.answers}:
+            apart = theirs & {*run.tasks, *run.strings, *run.answers} or _calibrated_anew(other, run)
+            if known and not apart:
                 merged[i] = replace(
                     other,
                     source=f"{other.source}, {run.source}",
@@ -336,14 +354,26 @@ def merge_runs(runs: Sequence[Run]) -> list[Run]:
     return merged
 
 
+def _calibrated_anew(one: Run, other: Run) -> bool:
+    """Whether both runs have temperatures from validation, and other ones."""
+    found = [(run.config.get("lora_ensemble") or {}).get("calibration") for run in (one, other)]
+    return None not in found and found[0] != found[1]
+
+
 def _read_run(folder: Path, date: str, files: Mapping[str, Path], asked: Path) -> Run:
     results = _results_beside(folder, date)
+    configs = _task_configs(results)
     scores: dict[str, ChoiceScores] = {}
     strings: dict[str, StringScores] = {}
     answers: dict[str, AnswerScores] = {}
     skipped: dict[str, str] = {}
     for task, file in sorted(files.items()):
-        read = read_task(file, task, of_ensemble="lora_ensemble" in (results.get("config") or {}))
+        read = read_task(
+            file,
+            task,
+            of_ensemble="lora_ensemble" in (results.get("config") or {}),
+            own_scoring=bool(configs.get(task, {}).get("process_results")),
+        )
         if isinstance(read, str):
             skipped[task] = read
         elif isinstance(read, StringScores):
@@ -357,7 +387,10 @@ def _read_run(folder: Path, date: str, files: Mapping[str, Path], asked: Path) -
         else:
             scores[task] = read
     if not scores and not strings and not answers:
-        raise EnsembleError(f"{asked}: no task can be analysed: {next(iter(skipped.items()), '')}")
+        task, reason = next(iter(skipped.items()))
+        raise NothingToAnalyseError(
+            f"{folder}, {date or 'undated'}: no task can be analysed: {task}: {reason}"
+        )
     every: dict[str, ChoiceScores | StringScores | AnswerScores] = {**scores, **strings, **answers}
     sizes = {task: of_task.n_members for task, of_task in every.items()}
     if len(set(sizes.values())) > 1:
@@ -377,12 +410,12 @@ def _read_run(folder: Path, date: str, files: Mapping[str, Path], asked: Path) -
         {task: of_task.predictions() for task, of_task in scores.items()},
         groups,
         skipped,
-        {task: str(files[task]) for task in scores},
+        {task: str(files[task]) for task in every},
         _seconds(results),
         scores,
         strings=strings,
         answers=answers,
-        task_configs=_task_configs(results),
+        task_configs=configs,
     )
 
 

@@ -83,11 +83,12 @@ class SampledDocument:
 
 
 def read_task(
-    path: Path, task: str, *, of_ensemble: bool
+    path: Path, task: str, *, of_ensemble: bool, own_scoring: bool = False
 ) -> ChoiceScores | StringScores | AnswerScores | str:
     """Read a samples file; return why it cannot be analysed if it is of no kind that can.
 
-    In an ensemble's run a task whose samples carry no members' scores is not taken for a single model's.
+    In an ensemble's run a task whose samples carry no members' scores is not taken for a single model's. Where a task
+    has a scoring of its own and no accuracy, its ``target`` is not taken for a right answer.
     """
     documents: dict[int, SampledDocument] = {}
     strings: StringReader | None = None
@@ -103,7 +104,7 @@ def read_task(
         if sample.get("filter", "none") != wanted:
             continue
         if of_ensemble and "members" not in sample:
-            return "its samples carry no members' scores: several gold answers, or uncertainty_metrics=False"
+            return "its samples carry no members' scores: written with --predict_only or uncertainty_metrics=False"
         if strings or (not documents and is_whole_string(sample)):
             strings = strings or StringReader(path)
             strings.add(sample, number)
@@ -111,7 +112,7 @@ def read_task(
         scores = _scores(sample, f"{path}, line {number}")
         if isinstance(scores, str):
             return scores
-        document = _document(sample, scores, number, path)
+        document = _document(sample, scores, number, path, own_scoring=own_scoring)
         if document.key[0] in documents:
             raise EnsembleError(
                 f"{path}, line {number}: document {document.key[0]} occurs twice; "
@@ -172,12 +173,19 @@ def _scores(sample: Mapping[str, Any], place: str) -> FloatArray | str:
     return scores
 
 
-def _document(sample: Mapping[str, Any], scores: FloatArray, number: int, path: Path) -> SampledDocument:
+def _document(
+    sample: Mapping[str, Any], scores: FloatArray, number: int, path: Path, *, own_scoring: bool
+) -> SampledDocument:
     try:
         document = int(sample["doc_id"])
         # where the task reports an nll of its own, ours has another name
         nll = sample.get("ensemble_nll", sample.get("nll"))
-        golds, why = _logged_golds(sample, scores) if "golds" in sample else inferred_golds(sample, scores)
+        if "golds" in sample:
+            golds, why = _logged_golds(sample, scores)
+        elif own_scoring and "acc" not in sample:
+            golds, why = [], "the task scores answers by a rule of its own"
+        else:
+            golds, why = inferred_golds(sample, scores)
         other = sample.get("other_class")
         return SampledDocument(
             key=(document, str(sample.get("doc_hash", ""))[:16]),

@@ -66,16 +66,21 @@ def manifest_of(folder: Path, ensemble: Ensemble) -> Manifest:
 
 
 def _entry(source: Source, root: Path) -> MemberEntry:
-    epochs = {
-        epoch: path
-        for epoch, path in sorted(source.epochs.items())
-        if all((path / name).is_file() for name in (CONFIG, WEIGHTS))
-    }
-    loaded = [folder / name for folder in (source.folder, *epochs.values()) for name in (CONFIG, WEIGHTS)]
+    epochs, steps = (
+        {
+            number: path
+            for number, path in sorted(kept.items())
+            if all((path / name).is_file() for name in (CONFIG, WEIGHTS))
+        }
+        for kept in (source.epochs, source.steps)
+    )
+    folders = source.folder, *epochs.values(), *steps.values()
+    loaded = [folder / name for folder in folders for name in (CONFIG, WEIGHTS)]
     return MemberEntry(
         name=source.name,
         folder=_relative(source.folder, root),
         epochs={epoch: _relative(path, root) for epoch, path in epochs.items()},
+        steps={step: _relative(path, root) for step, path in steps.items()},
         files={_relative(path, root): sha256(path) for path in loaded},
     )
 

@@ -292,7 +292,7 @@ def common_base(
     if named is not None and not allow_mismatch and not same_model(named, pretrained):
         raise EnsembleError(
             f"the adapters were trained on {named}, not on pretrained={pretrained}; leave pretrained "
-            "out, or say allow_base_mismatch=True if both are the same weights"
+            "out, or, in --model_args, say allow_base_mismatch=True if both are the same weights"
         )
     return pretrained, revision
 

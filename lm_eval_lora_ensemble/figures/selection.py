@@ -78,7 +78,7 @@ def plot_risk_coverage(
     ax.fill_between(grid, low, high, color=BLUE, alpha=BAND, linewidth=0, label=between)
     curves = [_draw(ax, grid, [_curve(predictions)], name, color=BLUE), high]
     if predictions.n_members > 1:
-        members = [_curve(predictions.only([m])) for m in range(predictions.n_members)]
+        members = [_curve(predictions.member(m)) for m in range(predictions.n_members)]
         curves.append(_draw(ax, grid, members, "mean single member", color=VERMILLION, linestyle=(0, (5, 2))))
     _draw(ax, grid, [risk_coverage(error, error)], "oracle", color=GREEN, linestyle=(0, (1, 1.2)))
     ax.axhline(rate, color=GREY, linestyle=(0, (6, 2, 1, 2)), linewidth=1.2, label=_label("random", rate))

@@ -20,6 +20,18 @@ _PATIENCE = 3.0
 _MOVED = {"lm_eval_lora_ensemble.mixture": "lm_eval_lora_ensemble.scoring.loglikelihood"}
 
 
+AFFECTING = (
+    "tokenizer",
+    "add_bos_token",
+    "prefix_token_id",
+    "subfolder",
+    "gguf_file",
+    "mixed_precision_dtype",
+    "think_end_token",
+)
+"""Arguments of lm-eval's model that scores or texts depend on; a cache says only those that were given."""
+
+
 def claim_cache(cache: MutableMapping[str, Any], identity: dict[str, Any]) -> None:
     """Make an empty cache ours, or check that a used one is.
 
@@ -38,9 +50,9 @@ def claim_cache(cache: MutableMapping[str, Any], identity: dict[str, Any]) -> No
         cache[OWNER_KEY] = identity
         return
     owner = cache[OWNER_KEY]
-    differing = [name for name, value in identity.items() if owner.get(name) != value]
+    differing = [name for name in {**identity, **owner} if owner.get(name) != identity.get(name)]
     if differing:
-        now, then = identity[differing[0]], owner.get(differing[0])
+        now, then = identity.get(differing[0]), owner.get(differing[0])
         values = "" if isinstance(now, list) else f": {then} there, {now} now"
         raise EnsembleError(
             f"the cache of --use_cache belongs to another ensemble; {' and '.join(differing)} differ{values}; "

@@ -25,7 +25,7 @@ from lm_eval_lora_ensemble.ensemble.quantization import quantization_config, tak
 from lm_eval_lora_ensemble.ensemble.tokenizer import check_tokenizers
 from lm_eval_lora_ensemble.errors import EnsembleError, shorten_errors_of_command
 from lm_eval_lora_ensemble.generation.mixture import GENERATION_AVERAGES, GenerationAverage
-from lm_eval_lora_ensemble.harness.cache import claim_cache, read_older_scores, saved_scores
+from lm_eval_lora_ensemble.harness.cache import AFFECTING, claim_cache, read_older_scores, saved_scores
 from lm_eval_lora_ensemble.harness.generation import TextGenerator
 from lm_eval_lora_ensemble.harness.provenance import (
     calibration_in_use,
@@ -130,11 +130,13 @@ class LoraEnsembleLM(HFLM):
         self.calibration = listed.calibration if listed else None
         scale = scale_in_use(temperature, calibration_in_use(self.calibration, self.ensemble))
         self.work = Work()
+        self._encoding = {name: str(kwargs[name]) for name in AFFECTING if kwargs.get(name) is not None}
         self._used: PackedModel | None = None
         if "revision" not in kwargs and self.ensemble.revision:
             kwargs["revision"] = self.ensemble.revision
         refuse_missing_folder(self.ensemble.base_model, "base model folder")
         super().__init__(pretrained=self.ensemble.base_model, **kwargs)
+        self._share_documents(alike=bool(kwargs.get("tp_plan")))
         if self.rank == 0:
             if self.model.dtype == torch.bfloat16 and not has_fast_bfloat16(self.device):
                 logger.warning(
@@ -147,6 +149,12 @@ class LoraEnsembleLM(HFLM):
                 )
         extend_tasks(enabled=bool(uncertainty_metrics), scale=scale)
         save_runs_whole()
+
+    def _share_documents(self, *, alike: bool) -> None:
+        """Take this process's number among all, which lm-eval takes among its node's, and on a CPU not at all."""
+        launched = getattr(self, "accelerator", None)
+        if launched is not None and not alike:
+            self._rank, self._world_size = launched.process_index, launched.num_processes
 
     @property
     def n_members(self) -> int:
@@ -239,6 +247,7 @@ class LoraEnsembleLM(HFLM):
             "dtype": str(self.model.dtype),
             "quantization": {name: str(value) for name, value in self._quantization.items()} or None,
             "max_length": self.max_length,
+            **self._encoding,
             # caches of release 0.1 know no other
             **(
                 {}
@@ -259,12 +268,13 @@ class LoraEnsembleLM(HFLM):
         Raises:
             NonFiniteScoreError: a member's score is NaN or infinite.
         """
-        self._encode_context.cache_clear()
         try:
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
         except NonFiniteScoreError as error:
             # lm-eval encodes the requests in their order, one to one
             raise error.of(requests[error.index]) from None
+        finally:
+            self._encode_context.cache_clear()  # it is the class's, and would keep the model alive
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -337,7 +347,7 @@ class LoraEnsembleLM(HFLM):
         whole = self.tok_encode(context + continuation)
         return whole[:length], whole[length:]
 
-    @functools.lru_cache(maxsize=4)  # noqa: B019 - a few entries, cleared at each call of loglikelihood
+    @functools.lru_cache(maxsize=4)  # noqa: B019 - a few entries, cleared after each call of loglikelihood
     def _encode_context(self, context: str) -> list[int]:
         tokens: list[int] = self.tok_encode(context)
         return tokens

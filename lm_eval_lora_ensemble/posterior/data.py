@@ -122,6 +122,7 @@ class TaskData:
         self._tasks = rendering.load_tasks(names, include_path)
         for name, loaded in self._tasks.items():
             _require_usable(name, loaded, split)
+        self._documents: dict[str, dict[str, list[Any]]] = {}
 
     @property
     def total(self) -> int:
@@ -264,12 +265,13 @@ class TaskData:
         """Names of the base's own tensors in the adapter's file, which are on the model for good."""
         return frozenset(carried_names(self.adapter))
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019 - the training and the validation split, as long as the data lives
     def _split_documents(self, split: str) -> dict[str, list[Any]]:
-        return {
-            name: rendering.split_documents(task, _as_split(split))[: self.limit]
-            for name, task in self._tasks.items()
-        }
+        if split not in self._documents:
+            self._documents[split] = {
+                name: rendering.split_documents(task, _as_split(split))[: self.limit]
+                for name, task in self._tasks.items()
+            }
+        return self._documents[split]
 
     def _example(self, document: RenderedDocument) -> Example:
         """Tokenise a document as the engine does, cut to the model's length from the left."""

@@ -158,7 +158,9 @@ class Drawing:
         path = self.path / DRAWING
         if not path.is_file():
             others = (
-                sorted(p.name for p in self.path.iterdir() if p.name != SCRATCH) if self.path.is_dir() else []
+                sorted(p.name for p in self.path.iterdir() if p.name != SCRATCH and not _is_half_written(p))
+                if self.path.is_dir()
+                else []
             )
             if others or (self.path.exists() and not self.path.is_dir()):
                 raise EnsembleError(
@@ -182,6 +184,8 @@ class Drawing:
             self.writer.scratch.mkdir(parents=True, exist_ok=True)
         with self.writer.lock("members"):
             self._refuse_another()  # another process may have begun since
+            for half in filter(_is_half_written, list(self.path.iterdir())):
+                half.unlink(missing_ok=True)
             try:
                 yield
             except EnsembleError:
@@ -287,7 +291,7 @@ class Drawing:
             write_json(folder / CONFIG, config)
             tensors = {key: tensor.contiguous() for key, tensor in state.items()}
             save_file(tensors, str(folder / WEIGHTS), metadata={"format": "pt"})
-            check_adapter(folder, folder)
+            check_adapter(folder, folder.resolve())
             self.writer.write_entry(entry, folder)
 
         self.writer.write_adapter(name, fill)
@@ -327,6 +331,11 @@ class Drawing:
                 seed=self.seed,
             ),
         )
+
+
+def _is_half_written(path: Path) -> bool:
+    """Whether a file is what a kill left of the first writing of draw.json."""
+    return path.name.startswith(f".{DRAWING}.") and path.suffix == ".tmp"
 
 
 def _as_json(value: Any) -> Any:

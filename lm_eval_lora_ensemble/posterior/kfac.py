@@ -98,7 +98,7 @@ class Covariance:
         """Return the eigendecomposition of ``scale`` times the sum, on the CPU."""
         if self._sum is None:
             return Eigen(torch.zeros(0).double(), torch.zeros(self.size, 0).double())
-        total = self._sum.double().cpu()
+        total = self._sum.cpu().double()  # MPS has no float64
         if self._dense:
             values, vectors = torch.linalg.eigh(total)
             return Eigen(values.clamp(min=0) * scale, vectors)

@@ -105,8 +105,9 @@ def least(
 ) -> float:
     """Return the measured number with the least measure, which falls, may rise, and ends on a plateau.
 
-    The walk goes up by ``factor`` until the measure is on the plateau for good or has risen twice, and down as long as
-    the first step was the best; golden section then refines between the best step's neighbours.
+    The walk goes up by ``factor`` until the measure is on the plateau for good, or has risen twice from a step that is
+    no worse than the plateau, and down as long as the first step was the best; golden section then refines between the
+    best step's neighbours.
 
     Args:
         measure: of a positive number.
@@ -134,8 +135,10 @@ def least(
         at = grid[-1][0] * factor
         grid.append((at, value(at)))
         best = min(grid, key=lambda point: point[1])
-        risen = len(grid) - 1 - grid.index(best)
-        if abs(grid[-1][1] - plateau) <= tolerance * abs(plateau) or risen >= 2:
+        near = tolerance * abs(plateau)
+        # among steps that are all far worse, a rise says nothing of where the least is
+        has_risen = len(grid) - 1 - grid.index(best) >= 2 and best[1] <= plateau + near
+        if abs(grid[-1][1] - plateau) <= near or has_risen:
             break
     while min(grid, key=lambda point: point[1]) == grid[0] and len(grid) < 2 * _MOST_WIDENINGS:
         grid.insert(0, (grid[0][0] / factor, value(grid[0][0] / factor)))

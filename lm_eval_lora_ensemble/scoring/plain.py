@@ -66,7 +66,7 @@ def _score_batch(
         for i, rows in enumerate(batch.rows):
             log_probs = torch.log_softmax(logits[i, rows], dim=-1, dtype=torch.float32)
             chosen = log_probs.gather(1, targets[i][:, None]).squeeze(1)
-            sums[i, member] = chosen.double().sum().item()
+            sums[i, member] = chosen.cpu().double().sum().item()
             mixtures[i].add(log_probs, chosen.cumsum(0) - chosen)
     return [Score(sums[i], bool(mixtures[i].matches(targets[i]).all())) for i in range(len(chunk))]
 

@@ -48,14 +48,30 @@ class SweepPlan:
             EnsembleError: an epoch that some member lacks, or no epochs that can be read from the text.
         """
         numbers = parse_epochs(epochs) if epochs else kept_epochs(Path(self.adapters))
-        pretrained = (self.model_args or {}).get("pretrained")
+        given = self.model_args or {}
         return {
-            epoch: find_ensemble(self.adapters, pretrained=pretrained, members=self.members, epoch=epoch)
+            epoch: find_ensemble(
+                self.adapters,
+                pretrained=given.get("pretrained"),
+                members=self.members,
+                epoch=epoch,
+                allow_base_mismatch=bool(given.get("allow_base_mismatch", False)),
+            )
             for epoch in numbers
         }
 
     def claim(self, output: Path, ensembles: Mapping[int, Ensemble]) -> None:
-        """Make ``output`` this sweep's folder, or check that it is.
+        """Make ``output`` this sweep's folder.
+
+        Raises:
+            EnsembleError: as :meth:`check`.
+        """
+        content = self.check(output, ensembles)
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / FILE_NAME, content)
+
+    def check(self, output: Path, ensembles: Mapping[int, Ensemble]) -> dict[str, Any]:
+        """Return what ``output`` would say of itself as this sweep's folder.
 
         Raises:
             EnsembleError: the folder holds a sweep of other settings or another ensemble, or other files.
@@ -86,8 +102,7 @@ class SweepPlan:
         # another process of this sweep may be writing sweep.json this very moment, under a hidden name
         elif output.is_dir() and any(not path.name.startswith(".") for path in output.iterdir()):
             raise EnsembleError(f"{output} holds other files; name a new or empty folder as --output")
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(file, {"settings": settings, "fingerprints": fingerprints})
+        return {"settings": settings, "fingerprints": fingerprints}
 
 
 def parse_epochs(text: str) -> list[int]:

@@ -49,7 +49,7 @@ def sweep(
     """
     manager = TaskManager(include_path=include_path)
     _check_names(manager, plan.tasks)
-    plan.claim(output, ensembles)
+    plan.check(output, ensembles)
     missing = {epoch: ensemble for epoch, ensemble in ensembles.items() if not _place(output, epoch).is_dir()}
     yield from ((epoch, _place(output, epoch)) for epoch in ensembles if epoch not in missing)
     if not missing:
@@ -59,6 +59,7 @@ def sweep(
         if model is None:
             options = {"batch_size": batch_size, "device": device, **(plan.model_args or {})}
             model = LoraEnsembleLM(adapters=plan.adapters, members=plan.members, epoch=epoch, **options)
+            plan.claim(output, ensembles)
         else:
             model.change_members(ensemble)
         scratch = output / IN_PROGRESS / _place(output, epoch).name

@@ -16,6 +16,7 @@ import torch
 
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.posterior.contract import AdapterState, Posterior, Source, SourceAdapter
+from lm_eval_lora_ensemble.posterior.lora_layers import carried_names
 from lm_eval_lora_ensemble.posterior.moments import wide
 from lm_eval_lora_ensemble.posterior.options import Option
 from lm_eval_lora_ensemble.posterior.registry import method
@@ -92,7 +93,10 @@ def _refuse_other_meanings(adapter: SourceAdapter) -> None:
             f"{adapter.folder} is DoRA, which divides by the norm of W + BA: a mask on A changes that norm, and "
             "dropout in training does not; draw by another method"
         )
-    other = [name for name in adapter.state if not name.endswith((_A, _B, ".lora_B.bias"))]
+    carried = set(carried_names(adapter))  # the base's own, as they are
+    other = [
+        name for name in adapter.state if not name.endswith((_A, _B, ".lora_B.bias")) and name not in carried
+    ]
     if other:
         raise EnsembleError(
             f"{adapter.folder} holds {other[0]}, which is trained without LoRA's dropout, so draws would not "

@@ -219,8 +219,9 @@ def rotate(pairs: Sequence[LoraPair], name: str) -> list[Rotated]:
 
 def _rotated(pair: LoraPair) -> Rotated:
     rank = len(pair.A)
-    # Vᵀ whole, [r, r], also where B has fewer rows than columns: A' keeps the shape of A
-    u, d, vt = torch.linalg.svd(pair.B, full_matrices=True)
+    # Vᵀ whole, [r, r], also where B has fewer rows than columns: A' keeps the shape of A. U never, for it would be as
+    # wide as an output head has rows.
+    u, d, vt = torch.linalg.svd(pair.B, full_matrices=len(pair.B) < rank)
     k = len(d)
     B = torch.zeros_like(pair.B)
     B[:, :k] = u[:, :k] * d
