@@ -227,6 +227,25 @@ def test_gradient_checkpointing_really_recomputes(folder):
     assert counts == [1, 2]
 
 
+def test_gradient_checkpointing_lasts_where_members_take_turns(folder):
+    """In transformers a layer recomputes in train mode only, and measuring must not end it."""
+    counts = []
+    for checkpointing in (False, True):
+        trainer = make_trainer(make_recipe(folder, engine="plain", gradient_checkpointing=checkpointing))
+        calls: list[int] = []
+        layer = next(iter(adapters.lora_layers(trainer.engine.model).values()))
+        layer.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        batches = trainer.order.epoch(1, [0, 1])
+        for step in range(2):
+            trainer.engine.step(batches[step], step, trainer.engine.names)
+            trainer.engine.loglikelihoods(
+                trainer.layout, [0], max(trainer.layout.lengths()), trainer.engine.names
+            )
+        counts.append(len(calls))
+    measured = 2 * len(trainer.engine.names)
+    assert counts[1] - measured == 2 * (counts[0] - measured)
+
+
 class OlderLlama(LlamaForCausalLM):
     """What transformers before 5.24 offers: the old name alone."""
 

@@ -224,13 +224,13 @@ def test_a_second_process_is_refused(folder, tmp_path):
     assert "EnsembleError: another process is training member_01 in" in done.stderr
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_intact(folder, tmp_path, monkeypatch, trained):
+@pytest.mark.parametrize("after", [".training/member_01/step_*", "member_01/epoch_01"])
+def test_a_full_disk_leaves_the_last_checkpoint_intact(folder, tmp_path, monkeypatch, trained, after):
     recipe = make_recipe(folder, output=str(tmp_path / "e"), **SETTING)
-    real, count = disk.flush, []
+    real = disk.flush
 
     def flush(path):
-        count.append(path)
-        if len(count) > 40:
+        if any((tmp_path / "e").glob(after)):
             raise OSError(28, "No space left on device")
         real(path)
 
@@ -240,7 +240,45 @@ def test_a_full_disk_leaves_the_last_checkpoint_intact(folder, tmp_path, monkeyp
     monkeypatch.undo()
     quick(monkeypatch)
     assert any((tmp_path / "e" / ".training").glob("member_0*/step_*"))
+    assert any((tmp_path / "e").glob("member_0*/epoch_*")) == ("epoch" in after)
     assert contents(train_members(recipe)) == contents(trained)
+
+
+def test_members_that_stopped_apart_do_not_begin_anew_together(folder, tmp_path, monkeypatch, trained):
+    recipe = make_recipe(folder, output=str(tmp_path / "e"), **SETTING)
+    for member, steps in ((0, 9), (1, 3)):
+        stop_after(monkeypatch, steps)
+        with pytest.raises(StopError):
+            train_members(recipe, member=member)
+        monkeypatch.undo()
+        quick(monkeypatch)
+    with pytest.raises(
+        EnsembleError, match=r"trained apart \(member_00 at step 8, member_01 at step 2\); .*--member I"
+    ):
+        train_members(recipe)
+    for member in (0, 1):
+        train_members(recipe, member=member)
+    assert contents(tmp_path / "e") == contents(trained)
+
+
+@pytest.mark.parametrize("engine", ["joint", "plain"])
+def test_a_gradient_that_is_not_finite_reaches_no_checkpoint(folder, tmp_path, monkeypatch, engine):
+    """The loss may be finite all the same, in half precision above all."""
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def overflowing(parameters, *limits):
+        if overflowing.steps == 4:
+            next(iter(parameters)).grad.fill_(torch.inf)
+        overflowing.steps += 1
+        return clip(parameters, *limits)
+
+    overflowing.steps = 0
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", overflowing)
+    setting = {"epochs": 1, "members": 1, "checkpoint_steps": 1, "gradient_clip": 1.0, "engine": engine}
+    with pytest.raises(EnsembleError, match="a gradient is inf at step 5; lower learning_rate"):
+        train_members(make_recipe(folder, output=str(tmp_path / "e"), **setting))
+    steps = sorted(path.name for path in (tmp_path / "e" / ".training" / "member_00").glob("step_*"))
+    assert steps[-1] == "step_00000004"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from lm_eval_lora_ensemble.disk import checksums, write_folder
+from lm_eval_lora_ensemble.errors import EnsembleError
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,19 @@ class Checkpoints:
                 return step
             log.warning("Checkpoint %s is damaged; going back to the one before", damaged[0])
         return None
+
+    def refuse_apart(self, names: Sequence[str]) -> None:
+        """Refuse members that have come to different steps: together they would begin anew.
+
+        Raises:
+            EnsembleError: there are checkpoints, but no step has one of every member.
+        """
+        steps = {name: self._steps(name) for name in names}
+        if any(steps.values()) and not set.intersection(*map(set, steps.values())):
+            at = ", ".join(f"{name} at step {of[-1] if of else 0}" for name, of in steps.items())
+            raise EnsembleError(
+                f"{self.folder.parent}: these members were trained apart ({at}); go on with each alone, --member I"
+            )
 
     def load(self, name: str, step: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Return a member's tensors and progress."""

@@ -103,7 +103,7 @@ class EnsembleFolder(EnsembleWriter):
         """Keep other processes off these members until the context ends.
 
         The operating system releases the locks of a process that dies. If an error ends a run that was the
-        folder's first and finished no epoch, what it wrote is removed.
+        folder's first and left neither an epoch nor a checkpoint, what it wrote is removed.
         """
         created = not self.path.exists()
         with ExitStack() as locks:
@@ -119,7 +119,8 @@ class EnsembleFolder(EnsembleWriter):
             try:
                 yield
             except EnsembleError:
-                if first and not any(self.path.glob("member_*/epoch_*")):
+                kept = [*self.path.glob("member_*/epoch_*"), *self.scratch.glob("member_*/step_*")]
+                if first and not kept:
                     self._discard(everything=created)
                 raise
             except KeyboardInterrupt:

@@ -59,7 +59,7 @@ class IvonOptimiser(MemberOptimiser):
 
     def step(self, step: int) -> float:
         """See :meth:`MemberOptimiser.step`; the gradients are those at the draw of this step."""
-        norm = self._clip()
+        norm = self._clip(step)
         recipe, gradient = self.recipe, self.tensors.flat_gradient()
         beta1, beta2, decay = recipe.ivon_beta1, recipe.ivon_beta2, recipe.weight_decay
         self.momentum.mul_(beta1).add_(gradient, alpha=1 - beta1)

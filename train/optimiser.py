@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from lm_eval_lora_ensemble.errors import EnsembleError
+
 if TYPE_CHECKING:
     from lm_eval_lora_ensemble.train.posterior_state import PosteriorState
     from lm_eval_lora_ensemble.train.recipe import Recipe
@@ -106,9 +108,19 @@ class MemberOptimiser(ABC):
         for parameter in self.parameters:
             parameter.grad = None
 
-    def _clip(self) -> float:
+    def _clip(self, step: int) -> float:
+        """Clip the gradient and return its norm before.
+
+        Raises:
+            EnsembleError: it is not finite; the weights are as they were, and no checkpoint has them otherwise.
+        """
         clip = self.recipe.gradient_clip
-        return float(torch.nn.utils.clip_grad_norm_(self.parameters, math.inf if clip is None else clip))
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, math.inf if clip is None else clip))
+        if not math.isfinite(norm):
+            raise EnsembleError(
+                f"a gradient is {norm} at step {step + 1}; lower learning_rate, or use dtype=bfloat16 or float32"
+            )
+        return norm
 
     def _rate(self, step: int) -> float:
         return learning_rate(self.recipe, step, self.total_steps)
@@ -131,7 +143,7 @@ class AdamWOptimiser(MemberOptimiser):
 
     def step(self, step: int) -> float:
         """See :meth:`MemberOptimiser.step`."""
-        norm = self._clip()
+        norm = self._clip(step)
         for group in self.adamw.param_groups:
             group["lr"] = self._rate(step)
         self.adamw.step()

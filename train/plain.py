@@ -68,6 +68,7 @@ class PlainEngine(Engine):
                 seed=members[name],
                 documents=len(layout),
             )
+        model.eval()  # once: it would undo what follows
         if recipe.gradient_checkpointing:
             checkpoint_layers(self.head.model)
 
@@ -119,7 +120,6 @@ class PlainEngine(Engine):
     ) -> npt.NDArray[np.float64]:
         """See :meth:`Engine.loglikelihoods`."""
         batch = layout.batch([documents], length, self.device)
-        self.model.eval()
         rows = []
         for name in members:
             self._select(name)
@@ -163,4 +163,7 @@ class PlainEngine(Engine):
                 )
                 yield
         finally:
-            self.model.eval()
+            for layer in lora_layers(
+                self.model
+            ).values():  # the rest is as it was, layers that recompute included
+                layer.eval()

@@ -185,6 +185,7 @@ class Trainer:
         names = list(self.members)
         step = self.checkpoints.newest(names)
         if step is None:
+            self.checkpoints.refuse_apart(names)
             return
         for name in names:
             tensors, progress = self.checkpoints.load(name, step)
