@@ -68,7 +68,8 @@ class PackedModels:
             )
             if reason is None:
                 return self._tried[attention][0]
-            logger.info("no %s attention: %s", attention, reason)
+            level = logging.WARNING if attention == "flex" else logging.INFO  # segments are slower there
+            logger.log(level, "no %s attention: %s", attention, reason)
         return why_no_tree(self._model, longest) or self._failure("masked") or self._tried["masked"][0]
 
     def _failure(self, attention: Attention) -> str | None:

@@ -36,12 +36,13 @@ class Tuning:
 
 
 _CPU = Tuning(tokens=1024, masked_tokens=512, logits=1 << 25, sizes=Sizes())
-# few and large kernels: launching one costs more than many tokens
+# few and large kernels: launching one costs more than many tokens; a block bounds the float32 scores [heads, block, L],
+# which a long context would make too large
 _ACCELERATOR = Tuning(
     tokens=16384,
     masked_tokens=2048,
     logits=1 << 27,
-    sizes=Sizes(square=512, whole=1024, block=1 << 20, carried=256),
+    sizes=Sizes(square=512, whole=1024, block=2048, carried=256),
 )
 
 
