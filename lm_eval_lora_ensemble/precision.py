@@ -30,3 +30,10 @@ def fast_dtype(device: str | torch.device) -> torch.dtype:
     import torch
 
     return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 on Apple's GPUs, which have no wider one."""
+    import torch
+
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -317,8 +317,8 @@ def load_runs(path: Path | str) -> list[Run]:
             useless.append(error)
     if not read:
         raise useless[0]
-    for error in useless:
-        logger.warning("left out: %s", error)
+    for reason in useless:
+        logger.warning("left out: %s", reason)
     return read
 
 

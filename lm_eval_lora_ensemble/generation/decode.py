@@ -22,6 +22,7 @@ from lm_eval_lora_ensemble.generation.measures import effective_members, token_m
 from lm_eval_lora_ensemble.generation.mixture import GenerationAverage, log_mixture, log_weights
 from lm_eval_lora_ensemble.generation.prompts import PromptReader
 from lm_eval_lora_ensemble.generation.settings import NextToken
+from lm_eval_lora_ensemble.precision import widest_float
 
 
 class Side(NamedTuple):
@@ -140,7 +141,7 @@ class Decoder:
         mask = mask.to(self._device)
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
         log_probs = self._read(caches, prompts, shared, mask, positions)
-        scores = torch.zeros(len(log_probs), len(rows), dtype=torch.float64, device=self._device)
+        scores = torch.zeros(len(log_probs), len(rows), dtype=widest_float(self._device), device=self._device)
         while True:
             weights = log_weights(scores, self._average)
             mixture = log_mixture(log_probs, weights)
@@ -152,7 +153,7 @@ class Decoder:
                 [row.prompt.draws() for row in rows],
             )
             at = chosen[None, :, None].expand(len(log_probs), -1, 1)
-            members = log_probs.gather(2, at)[:, :, 0].double()
+            members = log_probs.gather(2, at)[:, :, 0].to(scores.dtype)
             scores = scores + members
             self._note(rows, chosen, log_probs, mixture, members, weights)
             left = []
@@ -188,7 +189,8 @@ class Decoder:
         measures = token_measures(log_probs)
         of_mixture = mixture.gather(1, chosen[:, None])[:, 0]
         # one transfer a token, not one a number
-        seen = torch.cat([torch.stack([of_mixture, *measures, effective_members(weights)]).double(), members])
+        of_all = torch.stack([of_mixture, *measures, effective_members(weights)])
+        seen = torch.cat([of_all.to(members.dtype), members])
         for row, token, column in zip(rows, chosen.tolist(), seen.T.cpu().numpy(), strict=True):
             row.tokens.append(token)
             row.seen.append(column)

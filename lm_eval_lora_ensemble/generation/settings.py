@@ -10,6 +10,7 @@ import torch
 from transformers.generation import logits_process as processors
 
 from lm_eval_lora_ensemble.errors import EnsembleError, nearest
+from lm_eval_lora_ensemble.precision import widest_float
 
 # settings of a model's generation_config.json that would change what `hf` generates, and that have no counterpart here
 _NOT_HERE = (
@@ -167,8 +168,8 @@ class NextToken:
         for process in self._of_distribution:
             scores = process(None, scores)
         # the inverse of the cumulative distribution: what a row draws depends on nothing but the row
-        up_to = torch.softmax(scores, dim=-1, dtype=torch.float64).cumsum(dim=-1)
-        wanted = torch.tensor(draws, dtype=torch.float64, device=scores.device)[:, None] * up_to[:, -1:]
+        up_to = torch.softmax(scores, dim=-1, dtype=widest_float(scores.device)).cumsum(dim=-1)
+        wanted = torch.tensor(draws, dtype=up_to.dtype, device=scores.device)[:, None] * up_to[:, -1:]
         return torch.searchsorted(up_to, wanted, right=True)[:, 0].clamp(max=scores.shape[-1] - 1)
 
 
