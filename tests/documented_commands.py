@@ -203,6 +203,7 @@ _OTHERS = (
     "pip-audit",
     "pre-commit",
     "source",
+    "tar",
     "torchrun",
     "wandb",
 )

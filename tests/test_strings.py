@@ -311,7 +311,7 @@ def test_two_processes_give_the_same_results(saved, ours):
     for task, row in ours["results"].items():
         for key, value in row.items():
             if isinstance(value, float) and not key.startswith("perplexity_stderr"):
-                assert found[task][key] == pytest.approx(value, rel=1e-6, abs=1e-6), (task, key)
+                assert found[task][key] == pytest.approx(value, rel=1e-6, abs=1e-5), (task, key)
     (file,) = saved.rglob("samples_pages_*.jsonl")
     samples = {sample["doc_id"]: sample for sample in map(json.loads, file.open())}
     for theirs in ours["samples"]["pages"]:
@@ -426,10 +426,11 @@ def test_analyse_reads_what_was_saved(saved, ours, tmp_path, capsys):
         shown = {key.partition(",")[0] for key in row} & set(STRING_METRICS)
         assert found["metrics"].keys() == shown
         for name, estimate in found["metrics"].items():
-            assert estimate["value"] == pytest.approx(row[f"{name},none"], rel=1e-6), (task, name)
+            # two processes lay their requests out in other passes
+            assert estimate["value"] == pytest.approx(row[f"{name},none"], rel=1e-6, abs=1e-5), (task, name)
             assert estimate["bca"][0] is None or estimate["bca"][0] <= estimate["value"] <= estimate["bca"][1]
         for name, members in found["members"].items():
-            assert np.mean(members) == pytest.approx(row[f"member_{name},none"], rel=1e-6)
+            assert np.mean(members) == pytest.approx(row[f"member_{name},none"], rel=1e-6, abs=1e-5)
     # two ways to the same standard error
     estimate = run["strings"]["last_word"]["metrics"]["nll_per_token"]
     expected = ours["results"]["last_word"]["nll_per_token_stderr,none"]

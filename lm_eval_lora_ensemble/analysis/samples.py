@@ -104,7 +104,7 @@ def read_task(
         if sample.get("filter", "none") != wanted:
             continue
         if of_ensemble and "members" not in sample:
-            return "its samples carry no members' scores: written with --predict_only or uncertainty_metrics=False"
+            return "its samples carry no members' scores: --predict_only, uncertainty_metrics=False, or release 0.1"
         if strings or (not documents and is_whole_string(sample)):
             strings = strings or StringReader(path)
             strings.add(sample, number)
