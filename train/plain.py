@@ -163,7 +163,6 @@ class PlainEngine(Engine):
                 )
                 yield
         finally:
-            for layer in lora_layers(
-                self.model
-            ).values():  # the rest is as it was, layers that recompute included
+            # the adapters alone: layers that recompute stay in train mode
+            for layer in lora_layers(self.model).values():
                 layer.eval()

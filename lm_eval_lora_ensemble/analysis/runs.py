@@ -26,9 +26,9 @@ from lm_eval_lora_ensemble.metrics.predictions import Predictions
 
 _DATE = r"(?P<date>\d{4}-\d{2}-\d{2}T\d{2}-\d{2}-\d{2}(?:\.\d+)?)"
 _SAMPLES = re.compile(rf"samples_(?P<task>.+)_{_DATE}\.jsonl")
-logger = logging.getLogger(__name__)
-
 _RESULTS = re.compile(rf".*_{_DATE}\.json")
+
+logger = logging.getLogger(__name__)
 
 
 class NothingToAnalyseError(EnsembleError):

@@ -57,6 +57,9 @@ EncodedRequest = tuple[tuple[str, str] | None, list[int], list[int]]
 # tokens of one forward pass: enough to keep a matrix product busy, little beside the logits of `hf`
 MIN_TOKENS = 1024
 
+# whose lengths are remembered: choices of one document come one after another
+_CONTEXTS = 4
+
 logger = logging.getLogger(__name__)
 
 
@@ -130,6 +133,7 @@ class LoraEnsembleLM(HFLM):
         self.calibration = listed.calibration if listed else None
         scale = scale_in_use(temperature, calibration_in_use(self.calibration, self.ensemble))
         self.work = Work()
+        self._context_lengths: dict[str, int] = {}
         self._encoding = {name: str(kwargs[name]) for name in AFFECTING if kwargs.get(name) is not None}
         self._used: PackedModel | None = None
         if "revision" not in kwargs and self.ensemble.revision:
@@ -273,8 +277,6 @@ class LoraEnsembleLM(HFLM):
         except NonFiniteScoreError as error:
             # lm-eval encodes the requests in their order, one to one
             raise error.of(requests[error.index]) from None
-        finally:
-            self._encode_context.cache_clear()  # it is the class's, and would keep the model alive
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -343,14 +345,13 @@ class LoraEnsembleLM(HFLM):
             pair: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
             return pair
         kept = context.rstrip()
-        length = len(self._encode_context(kept))
+        if kept not in self._context_lengths:
+            if len(self._context_lengths) >= _CONTEXTS:
+                self._context_lengths.clear()
+            self._context_lengths[kept] = len(self.tok_encode(kept))
+        length = self._context_lengths[kept]
         whole = self.tok_encode(context + continuation)
         return whole[:length], whole[length:]
-
-    @functools.lru_cache(maxsize=4)  # noqa: B019 - a few entries, cleared after each call of loglikelihood
-    def _encode_context(self, context: str) -> list[int]:
-        tokens: list[int] = self.tok_encode(context)
-        return tokens
 
     def _loglikelihood_tokens(
         self,
