@@ -59,6 +59,17 @@ def write_text(path: Path, text: str) -> None:
     scratch.replace(path)
 
 
+def remove_half_written(folder: Path) -> None:
+    """Remove what processes that no longer run left of files that :func:`write_text` was to put into ``folder``.
+
+    One that still runs may be about to rename its own: two processes that finish together write the same files.
+    """
+    for scratch in folder.glob(".*.tmp"):
+        writer = scratch.name.removesuffix(".tmp").rpartition(".")[2]
+        if writer.isdecimal() and not _another_runs(int(writer)):
+            scratch.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as JSON, as :func:`write_text` writes."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, sort_keys=False) + "\n")

@@ -96,6 +96,19 @@ Path.rename = rename
 """
 
 
+def test_what_a_living_writer_is_about_to_rename_stays(tmp_path):
+    """Two processes that finish an ensemble together write the same files."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    living = tmp_path / f".ensemble.json.{os.getppid()}.tmp"
+    others = [tmp_path / f".ensemble.json.{dead.pid}.tmp", tmp_path / f".metrics.jsonl.{os.getpid()}.tmp"]
+    kept = [living, tmp_path / ".notes.of-somebody.tmp", tmp_path / "plain.tmp"]
+    for path in (*others, *kept):
+        path.write_text("half")
+    disk.remove_half_written(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
+
+
 def test_without_an_exchange_a_folder_is_replaced_all_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(disk, "_exchanged", lambda one, other: False)
     put_folder(folder(tmp_path / ".scratch", "new"), folder(tmp_path / "a", "old"))

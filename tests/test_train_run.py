@@ -405,6 +405,16 @@ import runpy
 runpy.run_path({script!r}, run_name="__main__")
 """
 
+SHARES = """
+import os
+from lm_eval_lora_ensemble.train.trainer import Trainer
+train = Trainer.run
+def tell(self):
+    print(f"process {os.environ['RANK']} trains {' '.join(self.members)}\\n", end="", flush=True)
+    train(self)
+Trainer.run = tell
+"""
+
 
 def test_ctrl_c_says_in_one_line_what_is_kept(folder, tmp_path):
     recipe = tmp_path / "recipe.yaml"
@@ -435,9 +445,13 @@ def test_two_processes_share_the_members_and_make_the_same_folder(folder, tmp_pa
     recipe.write_text(make_recipe(folder, output=str(tmp_path / "e"), **SETTING).as_yaml())
     tests = Path(__file__).parent
     launcher = tmp_path / "launch.py"
-    launcher.write_text(RUN.format(tests=str(tests), script=str(tests.parent / "train" / "train_members.py")))
+    told = SHARES + RUN.format(tests=str(tests), script=str(tests.parent / "train" / "train_members.py"))
+    launcher.write_text(told)
     done = in_two_processes(str(launcher), str(recipe), timeout=300)
-    assert "Trained this process's members" in done.stdout + done.stderr
+    assert sorted(line for line in done.stdout.splitlines() if "trains" in line) == [
+        "process 0 trains member_00",
+        "process 1 trains member_01",
+    ]
     assert contents(tmp_path / "e") == contents(trained)
     shutil.rmtree(tmp_path / "e")
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from lm_eval_lora_ensemble.disk import checksums, write_folder, write_json, writing
+from lm_eval_lora_ensemble.disk import checksums, remove_half_written, write_folder, write_json, writing
 from lm_eval_lora_ensemble.ensemble.manifest import FILE_NAME, Manifest, MemberEntry, entry_of
 from lm_eval_lora_ensemble.errors import EnsembleError
 
@@ -128,6 +128,5 @@ class EnsembleWriter:
         """Write the manifest, and remove what only the making needed."""
         with writing(self.path):
             manifest.write(self.path)
-        for rest in self.path.glob(".*.tmp"):
-            rest.unlink(missing_ok=True)
+        remove_half_written(self.path)
         shutil.rmtree(self.scratch, ignore_errors=True)
