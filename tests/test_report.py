@@ -139,7 +139,7 @@ def runs(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("runs")
     for seed, name in enumerate(("first", "second")):
         write_run(place / name, {"one": 40, "two": 60}, seed=seed, groups=GROUPS)
-    hf = {"model": "hf", "model_args": {"pretrained": "some/baseline-7b"}}
+    hf = {"model": "hf", "model_args": "pretrained=some/baseline-7b"}  # a string, as lm-eval keeps Python's
     write_run(place / "hf", {"one": 40, "two": 60}, seed=5, members=1, groups=GROUPS, config=hf)
     return place
 

@@ -89,6 +89,7 @@ def test_files_of_earlier_and_later_releases_are_read(tmp_path, scores):
     run = load_samples(tmp_path)
     assert np.allclose(run.tasks["t"].mixture, choice_probabilities(scores[:, 0]))
     assert run.series == "" and run.epoch is None and run.seconds is None
+    assert run.arguments == {"pretrained": "some/model", "dtype": "float32"}
 
 
 def test_documents_of_several_ranks_are_put_in_order(tmp_path, scores):
@@ -250,6 +251,26 @@ def test_runs_are_told_apart_and_joined_only_if_of_one_model(tmp_path, scores):
     results(tmp_path, other, config={"lora_ensemble": {"fingerprint": "g", "epoch": 1}})
     assert len(merge_runs(load_runs(tmp_path))) == 2
     assert load_samples(tmp_path / f"results_{other}.json").tasks.keys() == {"b"}
+
+
+@pytest.mark.parametrize(
+    ("given", "runs"),
+    [
+        ("pretrained=some/model,peft=mine,trust_remote_code=True", 1),  # the same as the other's mapping
+        ("pretrained=some/model,peft=theirs,trust_remote_code=True", 2),
+        (None, 2),  # a ready-made model: lm-eval keeps the base's name only
+        ("", 2),
+    ],
+)
+def test_runs_of_other_models_are_joined_if_their_arguments_say_one(tmp_path, scores, given, runs):
+    lines = [sample(d, s[:1], 1) for d, s in enumerate(scores)]
+    other = DATE.replace("03", "04", 1)
+    mapping = {"pretrained": "some/model", "peft": "mine", "trust_remote_code": True}
+    first = mapping if given else given
+    for task, date, arguments in (("a", DATE, first), ("b", other, given)):
+        write(tmp_path, task, lines, date)
+        results(tmp_path, date, config={"model": "hf", "model_args": arguments})
+    assert len(merge_runs(load_runs(tmp_path))) == runs
 
 
 def test_runs_with_other_temperatures_are_not_joined(tmp_path, scores):

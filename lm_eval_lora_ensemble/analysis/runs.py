@@ -117,15 +117,27 @@ class Run:
 
     @cached_property
     def identity(self) -> str:
-        """What tells this model from others: fingerprint, or model and arguments; "" if unknown."""
+        """What tells this model from others: fingerprint, or model and arguments; "" where those are not kept.
+
+        lm-eval keeps no arguments of a model that Python gave it ready-made, and its name is the base model's then.
+        """
         ensemble = self.config.get("lora_ensemble")
         if isinstance(ensemble, Mapping) and "fingerprint" in ensemble:
             # the prior has no adapters, so its fingerprint does not tell whose epoch 0 it is
             of = self.series if self.epoch == 0 else ""
             return json.dumps([*(ensemble.get(key) for key in ("fingerprint", "base_model", "epoch")), of])
-        if "model" not in self.config:
+        if "model" not in self.config or not self.arguments:
             return ""
-        return json.dumps([self.config.get(key) for key in ("model", "model_args")], sort_keys=True)
+        said = {name: str(value) for name, value in self.arguments.items()}
+        return json.dumps([self.config["model"], said], sort_keys=True)
+
+    @cached_property
+    def arguments(self) -> Mapping[str, Any]:
+        """The model's arguments, as a mapping also where one string was kept of them; empty if unknown."""
+        given = self.config.get("model_args")
+        if isinstance(given, str):  # of simple_evaluate, and of older releases' command
+            return dict(word.split("=", 1) for word in given.split(",") if "=" in word)
+        return given if isinstance(given, Mapping) else {}
 
     @property
     def epoch(self) -> int | None:
@@ -137,8 +149,7 @@ class Run:
     @property
     def series(self) -> str:
         """What the epochs of one ensemble share: its ``adapters`` argument; "" if unknown."""
-        arguments = self.config.get("model_args")
-        return str(arguments.get("adapters", "")) if isinstance(arguments, Mapping) else ""
+        return str(self.arguments.get("adapters", ""))
 
     @property
     def n_members(self) -> int:

@@ -24,17 +24,28 @@ from lm_eval_lora_ensemble.generation.prompts import PromptReader
 from lm_eval_lora_ensemble.generation.settings import NextToken
 from lm_eval_lora_ensemble.precision import widest_float
 
+Enter = Callable[[], AbstractContextManager[Any]]
+"""Makes the model answer as some members, for as long as the context is entered."""
+
 
 class Side(NamedTuple):
     """Members that one forward pass holds.
 
     Attributes:
         members: how many.
-        activate: makes the model answer as them, for as long as it is entered.
+        prepare: does once for a batch of texts what need not be done for every token of them.
     """
 
     members: int
-    activate: Callable[[], AbstractContextManager[Any]]
+    prepare: Callable[[], Enter]
+
+
+class _Pass(NamedTuple):
+    """A side at work on a batch of texts, with what its members remember of them."""
+
+    members: int
+    enter: Enter
+    cache: Any
 
 
 class Prompt(NamedTuple):
@@ -134,13 +145,15 @@ class Decoder:
         rows = [_Row(i, prompt) for i, prompt in enumerate(prompts)]
         longest = max(len(prompt.tokens) for prompt in prompts)
         room = longest + max(prompt.max_new_tokens for prompt in prompts)
-        caches = [new_cache(self._model.config, room) for _ in self._sides]
+        passes = [
+            _Pass(side.members, side.prepare(), new_cache(self._model.config, room)) for side in self._sides
+        ]
         mask = torch.zeros(len(rows), longest, dtype=torch.long)
         for i, prompt in enumerate(prompts):
             mask[i, longest - len(prompt.tokens) :] = 1
         mask = mask.to(self._device)
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        log_probs = self._read(caches, prompts, shared, mask, positions)
+        log_probs = self._read(passes, prompts, shared, mask, positions)
         scores = torch.zeros(len(log_probs), len(rows), dtype=widest_float(self._device), device=self._device)
         while True:
             weights = log_weights(scores, self._average)
@@ -168,14 +181,14 @@ class Decoder:
             tokens = chosen[:, None]
             if len(left) < len(rows):
                 keep = torch.tensor(left, device=self._device)
-                for side, cache in zip(self._sides, caches, strict=True):
+                for side in passes:
                     of_members = torch.arange(side.members, device=self._device)[:, None] * len(rows)
-                    keep_rows(cache, (of_members + keep).flatten())
+                    keep_rows(side.cache, (of_members + keep).flatten())
                 rows = [rows[place] for place in left]
                 tokens, mask, positions, scores = tokens[keep], mask[keep], positions[keep], scores[:, keep]
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
             positions = positions[:, -1:] + 1
-            log_probs = self._forward(caches, tokens, mask, positions)
+            log_probs = self._forward(passes, tokens, mask, positions)
 
     def _note(
         self,
@@ -204,7 +217,7 @@ class Decoder:
 
     def _read(
         self,
-        caches: Sequence[Any],
+        passes: Sequence[_Pass],
         prompts: Sequence[Prompt],
         shared: int,
         mask: torch.Tensor,
@@ -215,32 +228,31 @@ class Decoder:
             tokens = torch.full_like(mask, self._pad)
             for row, prompt in zip(tokens, prompts, strict=True):
                 row[len(row) - len(prompt.tokens) :] = torch.tensor(prompt.tokens)
-            return self._forward(caches, tokens, mask, positions)
+            return self._forward(passes, tokens, mask, positions)
         log_probs, key_values = self._reader.read([prompt.tokens for prompt in prompts], shared)
-        for side, cache in zip(self._sides, caches, strict=True):
+        for side in passes:
             of_side, key_values = key_values[: side.members], key_values[side.members :]
             for layer in sorted(of_side[0]):
                 # one layer at a time, so that what was read and what is cached are never both there whole
                 keys, values = map(
                     torch.cat, zip(*(of_member.pop(layer) for of_member in of_side), strict=True)
                 )
-                cache.update(keys, values, layer)
+                side.cache.update(keys, values, layer)
         return log_probs.to(self._device)
 
     def _forward(
-        self, caches: Sequence[Any], tokens: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor
+        self, passes: Sequence[_Pass], tokens: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor
     ) -> torch.Tensor:
         """Return every member's next-token log-probabilities [N, B, V], float32, or float64 of a model that is."""
         found = []
-        for side, cache in zip(self._sides, caches, strict=True):
+        for side in passes:
             inputs = {"input_ids": tokens, "attention_mask": mask}
             if self._takes_positions:
                 inputs["position_ids"] = positions
             of_members = {name: value.repeat(side.members, 1) for name, value in inputs.items()}
-            with side.activate(), torch.inference_mode():
-                output = self._model(
-                    **of_members, **{self._cache_argument: cache}, use_cache=True, **self._last_only
-                )
+            remembered = {self._cache_argument: side.cache}
+            with side.enter(), torch.inference_mode():
+                output = self._model(**of_members, **remembered, use_cache=True, **self._last_only)
             logits = output.logits[:, -1]
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             found.append(torch.log_softmax(logits, dim=-1).view(side.members, len(tokens), -1))

@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lm_eval_lora_ensemble.generation.decode import Decoder, Prompt, Side
+from lm_eval_lora_ensemble.generation.decode import Decoder, Enter, Prompt, Side
 from lm_eval_lora_ensemble.generation.settings import NextToken, Settings
-from lm_eval_lora_ensemble.generation.stacked import stacked, why_not_stacked
+from lm_eval_lora_ensemble.generation.stacked import Stacked, why_not_stacked
 from lm_eval_lora_ensemble.tree.trial import in_float32
 
 TRIAL_TOKENS = 20
@@ -54,8 +54,9 @@ def sides_of(model: Any, names: Sequence[str], activate: Callable[[int], None], 
         way: from :func:`find_way`.
     """
     if way.stacked and len(names) > 1:
-        return [Side(len(names), partial(stacked, model, names))]
-    return [Side(1, partial(_alone, activate, member)) for member in range(max(1, len(names)))]
+        return [Side(len(names), partial(Stacked, model, names))]
+    alone = [partial(_alone, activate, member) for member in range(max(1, len(names)))]
+    return [Side(1, partial(_as_it_is, enter)) for enter in alone]
 
 
 def find_way(
@@ -148,6 +149,10 @@ def _alone_log_probs(
 def _alone(activate: Callable[[int], None], member: int) -> Iterator[None]:
     activate(member)
     yield
+
+
+def _as_it_is(enter: Enter) -> Enter:
+    return enter
 
 
 def _root_mean_square(errors: npt.NDArray[np.float64]) -> float:

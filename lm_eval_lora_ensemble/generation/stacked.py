@@ -40,27 +40,39 @@ def why_not_stacked(model: Any, names: Sequence[str]) -> str | None:
     return None
 
 
-@contextmanager
-def stacked(model: Any, names: Sequence[str]) -> Iterator[None]:
-    """Let forward passes hold all members' rows, one member's behind the other's.
+class Stacked:
+    """Every member's low-rank matrices side by side; called, it lets forward passes hold all members' rows.
+
+    The matrices are copies, made once, as large as the adapters in the type they are computed in. Keep one for as long
+    as a text takes: laying them side by side costs about a thousand small copies, too many for every token.
 
     Args:
         model: a ``PeftModel`` for which :func:`why_not_stacked` is None.
         names: PEFT's names of the members, in the rows' order.
     """
-    changed: list[tuple[Any, Any]] = []
-    try:
-        for module in model.modules():
-            if type(module) is lora.Linear and any(name in module.lora_A for name in names):
+
+    def __init__(self, model: Any, names: Sequence[str]) -> None:
+        self._updates = [
+            (module, _Update(module, names))
+            for module in model.modules()
+            if type(module) is lora.Linear and any(name in module.lora_A for name in names)
+        ]
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Let forward passes hold all members' rows, one member's behind the other's, until the context ends."""
+        changed: list[tuple[Any, Any]] = []
+        try:
+            for module, update in self._updates:
                 changed.append((module, module.__dict__.get("forward")))
-                module.forward = _Update(module, names)
-        yield
-    finally:
-        for module, own in changed:
-            if own is None:
-                del module.forward
-            else:
-                module.forward = own
+                module.forward = update
+            yield
+        finally:
+            for module, own in changed:
+                if own is None:
+                    del module.forward
+                else:
+                    module.forward = own
 
 
 class _Update:

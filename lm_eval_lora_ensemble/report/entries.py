@@ -73,15 +73,13 @@ def _label(run: Run) -> str:
     ensemble = run.config.get("lora_ensemble")
     if method := _method(run):
         return f"{method}, {run.n_members} draw{'s' if run.n_members > 1 else ''}"
-    arguments = run.config.get("model_args")
-    named = arguments if isinstance(arguments, Mapping) else {}
     if isinstance(ensemble, Mapping):
         name = short_name(run.series.split(";")[0]) or short_name(str(ensemble.get("base_model", "")))
         if run.epoch == 0:
             return f"{name} prior"
         epoch = "" if run.epoch is None else f" epoch {run.epoch}"
         return f"{name or 'ensemble'}{epoch} ×{run.n_members}"
-    parts = [short_name(str(named[key])) for key in ("pretrained", "peft") if named.get(key)]
+    parts = [short_name(str(run.arguments[key])) for key in ("pretrained", "peft") if run.arguments.get(key)]
     return " + ".join(parts) or short_name(str(run.config.get("model") or run.source))
 
 
