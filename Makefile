@@ -9,7 +9,7 @@ DOCS_STAMP := $(VENV)/.installed-docs
 
 install: $(STAMP)
 
-# torch is pinned by the constraints file: an open range would fetch gigabytes of CUDA libraries.
+# torch is pinned by the constraints file; for the build without gigabytes of CUDA, CONTRIBUTING.md
 $(STAMP): pyproject.toml setup.py .ci/constraints.txt startup/lm_eval_lora_ensemble.pth startup/lm_eval_lora_ensemble.start
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[dev]'

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 def has_fast_bfloat16(device: str | torch.device) -> bool:
     """Whether ``device`` multiplies bfloat16 matrices in hardware.
 
-    A CPU without AMX or AVX512-BF16 emulates it, 30 to 100 times slower than float32 (docs/performance.md).
+    A CPU without AMX or AVX512-BF16 emulates it, some 30 times slower than float32 (docs/performance.md).
     """
     import torch
 

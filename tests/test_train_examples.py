@@ -155,6 +155,17 @@ def test_early_stopping_needs_a_validation_split(folder):
         load(folder, task="no_validation", early_stopping=1)
 
 
+def test_epochs_chosen_on_the_documents_that_are_judged_are_warned_of(folder, caplog):
+    load(folder, task="tiny_colours")
+    assert "early_stopping" not in caplog.text
+    load(folder, task="tiny_colours", early_stopping=1)  # it has no test split
+    assert "what lm-eval evaluates of tiny_colours: its results will be too good" in caplog.text
+    caplog.clear()
+    make_task(folder[0] / "tasks", "with_test", test=4)
+    load(folder, task="with_test", early_stopping=1)
+    assert "early_stopping" not in caplog.text
+
+
 def test_long_documents_are_refused_with_their_number(folder, monkeypatch):
     _path, loaded = folder
     monkeypatch.setattr(loaded, "max_length", 14)

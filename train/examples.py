@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,8 @@ from lm_eval_lora_ensemble.harness.rendering import RenderedDocument
 if TYPE_CHECKING:
     from lm_eval_lora_ensemble.train.base import Base
     from lm_eval_lora_ensemble.train.recipe import Recipe
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,12 @@ def load(recipe: Recipe, base: Base) -> Data:
     if recipe.early_stopping is not None and not validation:
         raise EnsembleError(
             f"early_stopping needs a validation split and {', '.join(recipe.task)} has none; remove the key"
+        )
+    if recipe.early_stopping is not None and evaluated:
+        log.warning(
+            "early_stopping chooses epochs by the validation split, which is what lm-eval evaluates of %s: its results "
+            "will be too good; remove the key, or judge the members on another task",
+            ", ".join(evaluated),
         )
     return Data(training, validation, tuple(evaluated))
 

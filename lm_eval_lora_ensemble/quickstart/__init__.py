@@ -1,1 +1,1 @@
-"""The five-minute demonstration: a real model, real questions, a real ensemble."""
+"""The quickstart: a real model, real questions, a real ensemble."""
