@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from lm_eval_lora_ensemble import cli
-from lm_eval_lora_ensemble.analysis.comparison import compare
+from lm_eval_lora_ensemble.analysis.comparison import compare, why_not_compared
 from lm_eval_lora_ensemble.analysis.evaluation import evaluate, macro_mean
 from lm_eval_lora_ensemble.analysis.result import Settings
-from lm_eval_lora_ensemble.analysis.runs import Run
+from lm_eval_lora_ensemble.analysis.run import Run
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.metrics.battery import Battery
-from lm_eval_lora_ensemble.metrics.bootstrap import ResamplingPlan, bootstrap
+from lm_eval_lora_ensemble.metrics.bootstrap import Bootstrapped, ResamplingPlan, bootstrap
 from lm_eval_lora_ensemble.metrics.choices import choice_probabilities
 from lm_eval_lora_ensemble.metrics.predictions import Predictions
 from lm_eval_lora_ensemble.metrics.registry import METRICS
@@ -112,8 +112,25 @@ def test_runs_compared_on_the_same_documents_only(run):
         compare(run, Run("else", "", {}, {"z": run.tasks["a"]}), QUICK)
     unknown = replace(run.tasks["b"], is_gold=None)
     assert set(compare(run, Run("half", "", {}, {**run.tasks, "b": unknown}), QUICK)) == {"a", "c"}
-    with pytest.raises(EnsembleError, match="no task in common whose right answers are known"):
+    with pytest.raises(
+        EnsembleError, match="no task in common that can be compared; b: right answers are unknown"
+    ):
         compare(run, Run("none", "", {}, {"b": unknown}), QUICK)
+    short = Run("part", "", {}, {**run.tasks, "b": run.tasks["b"].take(np.arange(10))})
+    assert set(compare(run, short, QUICK)) == {"a", "c"}
+    assert why_not_compared(run, short)["b"].endswith(
+        "90 against 10; run both with the same tasks, --limit and --samples"
+    )
+
+
+def test_a_comparison_says_that_the_runs_were_not_asked_alike(run):
+    asked = {name: {"version": 1.0, "few-shot examples": 0} for name in run.tasks}
+    plain = replace(run, protocols=asked)
+    other = replace(run, protocols={**asked, "a": {"version": 2.0, "few-shot examples": 25}})
+    notes = {name: found.note for name, found in compare(plain, other, QUICK).items()}
+    assert notes["a"] == "a was not asked alike: few-shot examples 0 and 25; version 1.0 and 2.0"
+    assert notes["ab"].startswith("ab was not asked alike") and notes["b"] == notes["c"] == ""
+    assert not any(found.note for found in compare(plain, run, QUICK).values())  # nothing is known of one
 
 
 def test_a_macro_mean_of_tasks_with_fewer_resamples_each_takes_as_many_as_all_have():
@@ -128,6 +145,26 @@ def test_a_macro_mean_of_tasks_with_fewer_resamples_each_takes_as_many_as_all_ha
     assert found.value == pytest.approx(np.mean([part.value["x"] for part in parts]))
     both = np.mean([part.resampled["x"][:200] for part in parts], axis=0)
     assert found.percentile == pytest.approx(tuple(np.quantile(both, [0.025, 0.975])))
+
+
+def part(values, weights=None):
+    """A task on three documents: its metric on them, and under three resamples."""
+    plan = ResamplingPlan(3, 3)
+    drawn = np.array(values[1:])
+    return Bootstrapped(plan, {"x": values[0]}, {"x": drawn}, {"x": np.array([values[0]] * 3)})
+
+
+def test_a_macro_mean_leaves_out_what_is_undefined_and_nothing_else():
+    nan, inf = float("nan"), float("inf")
+    found, tasks = macro_mean("x", [part([1.0, 1.0, nan, 1.2]), part([3.0, nan, 3.0, 3.2])], 0.5)
+    assert (found.value, tasks) == (2.0, 2)
+    # two of three resamples lack one task, none lacks both: their means are 1, 3 and 2.2
+    assert found.percentile == pytest.approx(tuple(np.quantile([1.0, 3.0, 2.2], [0.25, 0.75])))
+    endless, tasks = macro_mean("x", [part([1.0, 1.0, 1.0, 1.0]), part([inf, inf, inf, inf])], 0.5)
+    assert (endless.value, tasks) == (inf, 2)
+    assert math.isnan(endless.quoted[0])
+    nothing, tasks = macro_mean("x", [part([nan] * 4)], 0.5)
+    assert math.isnan(nothing.value) and tasks == 0
 
 
 @pytest.fixture
@@ -188,3 +225,30 @@ def test_a_second_run_is_compared_with_the_first(folder, tmp_path, capsys):
     assert cli.main(["analyse", str(first), str(different), "--resamples", "20", "--json", str(written)]) == 0
     assert "Not compared:" in capsys.readouterr().out
     assert len(json.loads(written.read_text())["runs"]) == 2
+
+
+def test_a_trial_beside_the_whole_run_and_a_run_without_golds_stop_nothing(folder, capsys):
+    """The first documents of one task once more, and a task of which nobody knows the right answers."""
+    whole = next(folder.glob("samples_a_*"))
+    trial = folder / "trial"
+    trial.mkdir()
+    for name, lines in (("a", 10), ("c", 30)):
+        (trial / whole.name.replace("samples_a", f"samples_{name}")).write_text(
+            "".join(whole.read_text().splitlines(keepends=True)[:lines])
+        )
+    unknown = folder / "unknown"
+    unknown.mkdir()
+    (unknown / whole.name).write_text(whole.read_text().replace('"target": "1"', '"target": "?"'))
+    assert cli.main(["analyse", str(folder), "--resamples", "20", "--json", str(folder / "out.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "Not compared: " in printed and "10 against 30" in printed
+    assert f"left out: {unknown}: no task has gold answers" in printed
+    assert len(json.loads((folder / "out.json").read_text())["runs"]) == 2
+    assert cli.main(["analyse", str(unknown), "--resamples", "20"]) == 2
+
+
+def test_a_samples_file_named_beside_its_folder_is_one_run(folder, capsys):
+    file = next(folder.glob("samples_a_*"))
+    for places in ([file, folder], [folder, file]):
+        assert cli.main(["analyse", *map(str, places), "--resamples", "20"]) == 0
+        assert "minus" not in capsys.readouterr().out

@@ -17,7 +17,8 @@ import pytest
 from lm_eval_lora_ensemble import cli
 from lm_eval_lora_ensemble.analysis.comparison import compare
 from lm_eval_lora_ensemble.analysis.result import Settings
-from lm_eval_lora_ensemble.analysis.runs import load_runs, merge_runs
+from lm_eval_lora_ensemble.analysis.run import merge_runs
+from lm_eval_lora_ensemble.analysis.runs import load_runs
 from lm_eval_lora_ensemble.metrics.battery import Battery
 from lm_eval_lora_ensemble.metrics.predictions import Predictions
 from lm_eval_lora_ensemble.metrics.registry import METRICS

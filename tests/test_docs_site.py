@@ -94,7 +94,7 @@ def test_docstrings_are_read_as_they_are_meant(site):
         assert not re.search(r":(?:class|func|data|meth|mod):", page), "a role of Sphinx is left"
         assert "<blockquote>" not in page, "an example was taken for a quotation"
         assert page.count(">>>") + page.count("&gt;&gt;&gt;") > 10
-    link = 'href="#lm_eval_lora_ensemble.analysis.runs.Run"'
+    link = 'href="#lm_eval_lora_ensemble.analysis.run.Run"'
     assert link in article(site, "reference/api.html"), "types lead to their own description"
 
 

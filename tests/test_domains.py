@@ -14,7 +14,7 @@ from lm_eval_lora_ensemble.analysis.distribution import Distribution
 from lm_eval_lora_ensemble.analysis.domains import out_of_domain
 from lm_eval_lora_ensemble.analysis.evaluation import evaluate
 from lm_eval_lora_ensemble.analysis.result import Settings, plain
-from lm_eval_lora_ensemble.analysis.runs import Run
+from lm_eval_lora_ensemble.analysis.run import Run
 from lm_eval_lora_ensemble.metrics.bootstrap import Estimate
 from lm_eval_lora_ensemble.metrics.choice_scores import ChoiceScores
 from lm_eval_lora_ensemble.metrics.detection import Detection

@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from lm_eval_lora_ensemble import figures
-from lm_eval_lora_ensemble.analysis.runs import load_runs, merge_runs
+from lm_eval_lora_ensemble.analysis.run import merge_runs
+from lm_eval_lora_ensemble.analysis.runs import load_runs
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.figures.style import MANY_POINTS, look
 from lm_eval_lora_ensemble.figures.text import metric_label, task_name

@@ -21,13 +21,14 @@ from test_generation import asked, prompts, texts_of
 from test_model import lora
 
 from lm_eval_lora_ensemble import cli
-from lm_eval_lora_ensemble.analysis.answers import AnswerReader
+from lm_eval_lora_ensemble.analysis.answers import AnswerReader, evaluate_answers
 from lm_eval_lora_ensemble.analysis.evaluation import evaluate
 from lm_eval_lora_ensemble.analysis.result import Settings
 from lm_eval_lora_ensemble.analysis.runs import load_runs
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.harness.generation import TextGenerator
 from lm_eval_lora_ensemble.metrics.answers import ANSWER_SCORES, prediction_rejection_ratio
+from lm_eval_lora_ensemble.metrics.bootstrap import ResamplingPlan
 from lm_eval_lora_ensemble.metrics.ranking import Ranking
 
 IN_TABLE = [name for name, score in ANSWER_SCORES.items() if score.in_table]
@@ -313,3 +314,27 @@ def test_files_that_were_put_together_are_refused(ours):
         reader.add(other, 3)
     with pytest.raises(EnsembleError, match="not a sample of generated texts"):
         AnswerReader(Path("samples.jsonl")).add({**sample, "generation": [{"tokens": {}}]}, 1)
+
+
+def test_an_answer_without_a_score_counts_in_accuracy(ours):
+    """A thought without an answer after it: lm-eval calls it wrong, and there is nothing to rank it by."""
+    sample = next(s for s in ours["samples"]["answers"] if s["filter"] == "word")
+    empty = {**sample["generation"][0], **dict.fromkeys(ANSWER_SCORES)}
+    reader = AnswerReader(Path("samples.jsonl"))
+    for d in range(50):
+        block = empty if d < 20 else sample["generation"][0]
+        reader.add({**sample, "doc_id": d, "generation": [block], "exact_match": float(d >= 23)}, d + 1)
+    scores = reader.scores()
+    assert (scores.n_documents, scores.left_out) == (30, 20)
+    found = evaluate_answers(scores, ResamplingPlan(30, 50))["word"]
+    assert found.accuracy.value == pytest.approx(27 / 50)
+    assert found.accuracy.quoted[0] < 27 / 50 < found.accuracy.quoted[1] < 0.8
+
+
+def test_a_metric_of_which_less_is_better_says_not_what_is_right(ours):
+    sample = next(s for s in ours["samples"]["answers"] if s["filter"] == "word")
+    judged = {**{k: v for k, v in sample.items() if k != "exact_match"}, "metrics": ["toxic"], "toxic": 0.0}
+    for lower_is_better in ((), ("toxic",)):
+        reader = AnswerReader(Path("samples.jsonl"), lower_is_better)
+        reader.add(judged, 1)
+        assert reader.scores().judged_by == ({} if lower_is_better else {"word": "toxic"})

@@ -1,6 +1,7 @@
 """Intervals, conformal sets, detection, recalibration and ensemble size."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -199,6 +200,45 @@ def test_detection_is_sklearns_and_higher_means_out():
     assert "mutual_information" not in detect(inside.only([0]), outside.only([0]), resamples=2)
     with pytest.raises(EnsembleError, match="two ensembles"):
         detect(inside, outside.only([0]))
+
+
+def test_detection_draws_a_groups_tasks_as_a_whole():
+    parts = [make(seed, d=40, sharp=0.3 + seed, subjects=str(seed)) for seed in range(6)]
+    inside, outside = Predictions.concatenate(parts[:3]), Predictions.concatenate(parts[3:])
+    whole = detect(inside, outside, resamples=300)["entropy"].auroc
+    one_task = [replace(side, subjects=np.full(120, "one")) for side in (inside, outside)]
+    by_document = detect(*one_task, resamples=300)["entropy"].auroc
+    assert whole.value == by_document.value
+    assert whole.standard_error > 2 * by_document.standard_error
+    mixed = detect(inside, one_task[1], resamples=300)[
+        "entropy"
+    ].auroc  # documents of the one, tasks of the other
+    assert mixed.standard_error > 1.5 * by_document.standard_error
+
+
+def test_documents_surer_than_a_float_beside_one_keep_their_order():
+    metrics = pytest.importorskip("sklearn.metrics")
+    draw = np.random.default_rng(0)
+    gaps = draw.uniform(5, 120, size=200)
+    wrong = draw.uniform(size=200) < 1 / gaps
+    scores = np.stack([gaps, np.zeros(200)], axis=1)
+    predictions = Predictions.from_scores(scores, wrong.astype(int))
+    assert (predictions.confidence == 1).sum() > 100
+    assert predictions.least_confidence == pytest.approx(np.exp(-gaps), rel=2e-2)
+    found = Battery(predictions)(np.ones((1, 200)))
+    expected = metrics.roc_auc_score(wrong, -gaps)
+    assert found["error_auroc_max_probability"][0] == pytest.approx(expected)
+    assert found["error_auroc_entropy"][0] == pytest.approx(expected)
+
+
+@pytest.mark.filterwarnings("error")
+def test_one_document_has_a_value_and_no_interval():
+    one = make(d=1)
+    plan = ResamplingPlan(1, 20)
+    whole, member = (bootstrap(Battery(p), plan) for p in (one, one.member(0)))
+    for estimate in (whole.estimate("nll"), whole.minus(member).estimate("nll")):
+        assert np.isfinite(estimate.value)
+        assert np.isnan([estimate.standard_error, *estimate.quoted[:2]]).all()
 
 
 def test_the_temperature_is_a_general_optimisers():

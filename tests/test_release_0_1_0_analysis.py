@@ -1,4 +1,8 @@
-"""A results folder that release 0.1.0 wrote is read as that release read it, to nine digits."""
+"""A results folder that release 0.1.0 wrote is read as that release read it, to nine digits, but for two mistakes.
+
+1 − max p̄ was a difference from 1, which made the two surest documents of ``plain_a`` equal, and intervals of detection
+drew the documents of a group one by one, where all others draw its tasks.
+"""
 
 from __future__ import annotations
 
@@ -51,8 +55,11 @@ def test_every_number_is_what_it_was(then, now):
             for key in ("member_mean", "difference"):
                 metric[key] = metric[key]["value"]
     assert set(then["tasks"]) <= set(metrics)
-    assert differences(then["tasks"], {name: task["metrics"] for name, task in metrics.items()}) == []
-    assert differences(then["detection"], now["detection"]) == []
+    found = differences(then["tasks"], {name: task["metrics"] for name, task in metrics.items()})
+    mended = ("/plain_a/", "/both/")  # which pools it
+    assert [d for d in found if not (d.startswith(mended) and "max_probability/" in d)] == []
+    of_group = differences(then["detection"], now["detection"])
+    assert [d for d in of_group if "/value:" in d or not d.startswith("/both/")] == []
     # the reasons behind the colon are others now
     said = [{name: why.partition(":")[0] for name, why in found["skipped"].items()} for found in (then, now)]
     assert said[0] == said[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,26 @@ def test_the_two_way_bootstraps_moments_are_those_of_all_its_outcomes():
     assert drawn.var() == pytest.approx(np.var(outcomes), rel=0.03)
     # documents alone would vary less: the replicates' part is there
     assert np.mean(each, axis=0).var() < 0.9 * np.var(outcomes)
+
+
+def test_members_of_replicates_of_different_sizes_count_alike():
+    few, many = [1.0, 2.0], [0.0, 0.0, 0.0, 3.0]
+    columns = 60_000
+    drawn = two_way([np.repeat(np.array(of)[:, None], columns, axis=1) for of in (few, many)], seed=4)
+    outcomes = [
+        sum(sum(draw) for draw in pair) / sum(map(len, pair))
+        for sides in itertools.product((few, many), repeat=2)
+        for pair in itertools.product(*[list(itertools.product(side, repeat=len(side))) for side in sides])
+    ]
+    weights = [
+        0.25 / math.prod(len(side) ** len(side) for side in sides)
+        for sides in itertools.product((few, many), repeat=2)
+        for _ in range(math.prod(len(side) ** len(side) for side in sides))
+    ]
+    mean = np.average(outcomes, weights=weights)
+    variance = np.average((np.array(outcomes) - mean) ** 2, weights=weights)
+    assert drawn.mean() == pytest.approx(mean, abs=4 * np.sqrt(variance / columns))
+    assert drawn.var() == pytest.approx(variance, rel=0.03)
 
 
 def test_members_of_replicates_are_drawn_within_them():

@@ -20,7 +20,8 @@ from report_fixtures import write_run
 
 from lm_eval_lora_ensemble import cli
 from lm_eval_lora_ensemble.analysis.result import Settings
-from lm_eval_lora_ensemble.analysis.runs import load_runs, merge_runs
+from lm_eval_lora_ensemble.analysis.run import merge_runs
+from lm_eval_lora_ensemble.analysis.runs import load_runs
 from lm_eval_lora_ensemble.report.build import make_report
 from lm_eval_lora_ensemble.report.entries import make_entries
 from lm_eval_lora_ensemble.report.leaderboard import COLUMNS, resamples_for
@@ -361,6 +362,20 @@ def test_a_hundred_thousand_documents_take_a_minute_and_a_gigabyte(tmp_path):
     print(f"{seconds:.0f} s of one core, {clock:.0f} s by the clock, {kilobytes / 1e6:.2f} GB")
     assert seconds <= 60
     assert kilobytes <= 1e6
+
+
+def test_an_impossible_right_answer_is_no_difference_below_nothing(tmp_path):
+    folder = write_run(tmp_path / "r", {"one": 20}, members=2)
+    (file,) = folder.glob("samples_*")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    gold = int(lines[0]["target"])
+    for member in lines[0]["members"]:
+        member[gold] = -math.inf
+    lines[0]["filtered_resps"][gold][0] = "-inf"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report = report_of(folder)
+    (said,) = [sentence for sentence in report.statements if "on one" in sentence]
+    assert "nll ∞ (no interval of the difference from its mean member's)" in said
 
 
 def test_no_torch_is_needed(runs, tmp_path):

@@ -7,7 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from lm_eval_lora_ensemble.analysis.runs import load_runs, load_samples, merge_runs
+from lm_eval_lora_ensemble.analysis.run import merge_runs
+from lm_eval_lora_ensemble.analysis.runs import load_runs, load_samples
 from lm_eval_lora_ensemble.analysis.samples import iter_samples
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.metrics.choices import choice_probabilities, with_other_class
@@ -271,6 +272,68 @@ def test_runs_of_other_models_are_joined_if_their_arguments_say_one(tmp_path, sc
         write(tmp_path, task, lines, date)
         results(tmp_path, date, config={"model": "hf", "model_args": arguments})
     assert len(merge_runs(load_runs(tmp_path))) == runs
+
+
+@pytest.mark.parametrize(
+    ("logged", "by_text"),
+    [("acc", True), ("acc_norm", True), ("acc", False), (None, None)],
+)
+def test_numbers_for_targets_are_places_or_texts_as_the_whole_file_allows(tmp_path, logged, by_text):
+    """Choices 2, 3, 1 and 0: is "1" the second one, or the third?"""
+    texts, lines = ["2", "3", "1", "0"], []
+    draw = np.random.default_rng(0)
+    for d in range(12):
+        scores = draw.normal(size=(1, 4))
+        said = d % 4
+        gold = texts.index(str(said)) if by_text else said
+        right = float(scores[0].argmax() == gold) if logged else None
+        metrics = {"acc": None, **({logged: right} if logged else {})}
+        lines.append(sample(d, scores, str(said), texts, members=None, **metrics))
+    write(tmp_path, "sums", lines)
+    predictions = load_samples(tmp_path).tasks["sums"]
+    if by_text is None:
+        assert predictions.is_gold is None
+        assert "whether they are choices' places or their texts" in predictions.missing_gold
+    else:
+        golds = [texts.index(str(d % 4)) if by_text else d % 4 for d in range(12)]
+        assert predictions.is_gold.argmax(1).tolist() == golds
+
+
+def test_a_samples_file_that_lost_its_end_is_warned_of(tmp_path, scores, caplog):
+    lines = [sample(d, s, 1) for d, s in enumerate(scores)]
+    write(tmp_path, "t", lines[:4])
+    results(tmp_path, **{"n-samples": {"t": {"original": 6, "effective": 6}}})
+    load_samples(tmp_path)
+    assert "has 4 documents, and the results file says that 6 were evaluated" in caplog.text
+    caplog.clear()
+    write(tmp_path, "t", lines)
+    load_samples(tmp_path)
+    assert not caplog.text
+
+
+def test_a_run_without_samples_beside_others_is_named(tmp_path, scores, caplog):
+    write(tmp_path, "t", [sample(d, s, 1) for d, s in enumerate(scores)])
+    results(tmp_path)
+    alone = results(tmp_path, DATE.replace("03", "04", 1))
+    (tmp_path / ".unfinished").mkdir()
+    results(tmp_path / ".unfinished")
+    load_runs(tmp_path)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"left out: {alone} has no samples beside it; they take --log_samples"
+    ]
+
+
+def test_a_group_that_only_one_of_two_runs_has_whole_is_not_left_out_too(tmp_path, scores):
+    lines = [sample(d, s, 1) for d, s in enumerate(scores)]
+    other = DATE.replace("03", "04", 1)
+    write(tmp_path, "a", lines)
+    for task in ("b", "c"):
+        write(tmp_path, task, lines, other)
+    config = {"lora_ensemble": {"fingerprint": "f", "epoch": None}}
+    results(tmp_path, config=config, group_subtasks={"g": ["b", "c"], "b": [], "c": []})
+    results(tmp_path, other, config=config, group_subtasks={"g": ["b", "c"], "b": [], "c": []})
+    (merged,) = merge_runs(load_runs(tmp_path))
+    assert "g" in merged.groups and "g" not in merged.skipped
 
 
 def test_runs_with_other_temperatures_are_not_joined(tmp_path, scores):

@@ -112,6 +112,28 @@ def test_limits_are_flagged_and_have_no_error():
     assert np.isnan([all_right.standard_error, wrong.standard_error, every.standard_error]).all()
 
 
+def test_scores_that_say_nothing_are_chance_and_not_certainty():
+    fitted = fit_temperature_of_mixture(np.zeros((1, 400, 4)), np.eye(4, dtype=bool)[np.arange(400) % 4])
+    assert (fitted.temperature, fitted.at_limit) == (TEMPERATURE_RANGE[1], True)
+
+
+def test_one_answer_thought_all_but_impossible_counts_in_the_error():
+    """At T near 1 its probability is exp(−2000): below the smallest number there is."""
+    scores, is_gold = drawn(4, 1.0, members=1, documents=20_000)
+    scores[:, 0] = np.where(is_gold[0], -2000.0, 0.0)
+    fitted = fit_temperature_of_mixture(scores, is_gold)
+    t, step = np.log(fitted.temperature), 1e-4
+
+    def losses(at):  # of every document; −log p is a difference of logarithms, which does not underflow
+        z = scores[0] / np.exp(at)
+        return special.logsumexp(z, axis=1) - z[is_gold]
+
+    slope = (losses(t + step) - losses(t - step)) / (2 * step)
+    curvature = (losses(t + step) - 2 * losses(t) + losses(t - step)) / step**2
+    expected = np.sqrt((slope**2).sum()) / curvature.sum()
+    assert fitted.standard_error == pytest.approx(expected, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("margins", "documents", "low", "high"),
     [

@@ -260,7 +260,8 @@ class Recipe:
     members_at_once: int | None = key(
         None,
         optional(integer(1)),
-        "Members that share a forward pass, at the same result (on a GPU up to rounding); null is as many as keep the hardware busy.",
+        "Members that share a forward pass, at the same result (on a GPU up to rounding); null is as many as keep the "
+        "hardware busy.",
         operational=True,
     )
     device: str = key(

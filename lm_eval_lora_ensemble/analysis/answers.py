@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class AnswerScores:
     Attributes:
         scores: (D,) by the names of ``ANSWER_SCORES``, nats; of several texts of a document, their mean.
         correct: bool (D,) by lm-eval's filter; empty where the task has no right and wrong.
+        all_correct: bool (D + left_out,) by filter, of the documents without a score too.
         judged_by: by filter, the task's metric that says so.
         n_members: N.
         left_out: documents without a score, such as those whose text is a thought and nothing else.
@@ -40,6 +41,7 @@ class AnswerScores:
 
     scores: Mapping[str, FloatArray]
     correct: Mapping[str, npt.NDArray[np.bool_]]
+    all_correct: Mapping[str, npt.NDArray[np.bool_]]
     judged_by: Mapping[str, str]
     n_members: int
     left_out: int
@@ -81,12 +83,13 @@ class AnswerResult:
     """A task of generated texts under one of lm-eval's filters.
 
     Attributes:
-        documents: D.
+        documents: D, those with a score.
         left_out: documents without a score.
         members: N.
         judged_by: the task's metric that says what is right; empty where none does.
         means: of each score.
-        accuracy: share of right answers; None where there is no right and wrong, as for all that follows.
+        accuracy: share of right answers, of the documents without a score too; None where there is no right and wrong,
+            as for all that follows.
         errors: by score.
         confidence: mean of p(answer) = exp(−answer_nll).
         ece: expected calibration error of p(answer).
@@ -110,10 +113,16 @@ def is_answer(sample: Mapping[str, Any]) -> bool:
 
 
 class AnswerReader:
-    """Collects the samples of one file, in whatever order its ranks and filters wrote them."""
+    """Collects the samples of one file, in whatever order its ranks and filters wrote them.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: of the file, for messages.
+        lower_is_better: the task's metrics of which the results file says so; none of them says what is right.
+    """
+
+    def __init__(self, path: Path, lower_is_better: Collection[str] = ()) -> None:
         self._path = path
+        self._not_right = {*ANSWER_SCORES, *lower_is_better}
         self._scores: dict[int, dict[str, float]] = {}
         self._members: set[int] = set()
         self._judged: dict[str, dict[int, dict[str, float]]] = {}
@@ -154,37 +163,36 @@ class AnswerReader:
     def scores(self) -> AnswerScores:
         """Return the documents by their numbers."""
         known = [d for d, scores in sorted(self._scores.items()) if not any(map(math.isnan, scores.values()))]
-        correct, judged_by = {}, {}
+        correct, all_correct, judged_by = {}, {}, {}
         for filter_key, documents in self._judged.items():
-            name = _right_or_wrong([documents[d] for d in known if d in documents])
+            name = self._right_or_wrong(list(documents.values()))
             if name and len(documents) == len(self._scores):
                 correct[filter_key] = np.array([documents[d][name] == 1 for d in known])
+                all_correct[filter_key] = np.array([of[name] == 1 for _, of in sorted(documents.items())])
                 judged_by[filter_key] = name
         return AnswerScores(
             scores={name: np.array([self._scores[d][name] for d in known]) for name in ANSWER_SCORES},
             correct=correct,
+            all_correct=all_correct,
             judged_by=judged_by,
             n_members=next(iter(self._members), 0),
             left_out=len(self._scores) - len(known),
             keys=np.array(known, dtype=np.int64),
         )
 
+    def _right_or_wrong(self, documents: Sequence[Mapping[str, float]]) -> str:
+        """Return the metric by which every document is right or wrong; empty if there is none."""
+        binary = [
+            name
+            for name in documents[0]
+            if name not in self._not_right and all(of.get(name) in (0.0, 1.0) for of in documents)
+        ]
+        return next((name for name in (*_RIGHT, *binary) if name in binary), "")
+
 
 def _mean(values: Sequence[float | None]) -> float:
     known = [float(value) for value in values if value is not None]
     return float(np.mean(known)) if known else math.nan
-
-
-def _right_or_wrong(documents: Sequence[Mapping[str, float]]) -> str:
-    """Return the metric by which every document is right or wrong; empty if there is none."""
-    if not documents:
-        return ""
-    binary = [
-        name
-        for name in documents[0]
-        if name not in ANSWER_SCORES and all(document.get(name) in (0.0, 1.0) for document in documents)
-    ]
-    return next((name for name in (*_RIGHT, *binary) if name in binary), "")
 
 
 def evaluate_answers(
@@ -220,13 +228,18 @@ def evaluate_answers(
             }
 
         of_answers = bootstrap(calibration, plan)
+        right = scores.all_correct[filter_key].astype(np.float64)
+        accuracy = bootstrap(
+            lambda weights: {"accuracy": weights @ right / weights.sum(axis=1)},
+            replace(plan, documents=len(right)),
+        )
         return AnswerResult(
             scores.n_documents,
             scores.left_out,
             scores.n_members,
             scores.judged_by[filter_key],
             shared,
-            of_errors.estimate("accuracy"),
+            accuracy.estimate("accuracy"),
             {
                 name: ScoreResult(
                     auroc=of_errors.estimate(f"{name}/auroc"),

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from lm_eval_lora_ensemble.analysis.distribution import RAW, VALIDATION, Distribution
 from lm_eval_lora_ensemble.analysis.result import Settings
-from lm_eval_lora_ensemble.analysis.runs import Run, load_runs, merge_runs
+from lm_eval_lora_ensemble.analysis.run import Run, merge_runs
+from lm_eval_lora_ensemble.analysis.runs import load_runs
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.metrics.calibration import DEFAULT_BINS
 from lm_eval_lora_ensemble.metrics.choice_scores import SCORE_KINDS
@@ -84,6 +85,8 @@ def read_runs(arguments: argparse.Namespace) -> list[Run]:
     for run in (run for place in places for run in load_runs(place)):
         files = frozenset(Path(file).resolve() for file in run.files.values())
         if not files or not any(files <= known for known in runs):
+            # a samples file that was named before its run is a part of it
+            runs = {known: other for known, other in runs.items() if not known < files}
             runs[files or frozenset({Path(run.source)})] = run
     return merge_runs(list(runs.values()))
 

@@ -17,7 +17,12 @@ from lm_eval_lora_ensemble.analysis.arguments import (
     settings_of,
     under,
 )
-from lm_eval_lora_ensemble.analysis.comparison import Comparison, NothingInCommonError, compare
+from lm_eval_lora_ensemble.analysis.comparison import (
+    Comparison,
+    NothingInCommonError,
+    compare,
+    why_not_compared,
+)
 from lm_eval_lora_ensemble.analysis.distribution import Distribution
 from lm_eval_lora_ensemble.analysis.evaluation import evaluate
 from lm_eval_lora_ensemble.analysis.replicates import (
@@ -28,7 +33,7 @@ from lm_eval_lora_ensemble.analysis.replicates import (
     sharing_members,
 )
 from lm_eval_lora_ensemble.analysis.result import TaskResult, UncertaintyResult, plain
-from lm_eval_lora_ensemble.analysis.runs import Run
+from lm_eval_lora_ensemble.analysis.run import NothingToAnalyseError, Run
 from lm_eval_lora_ensemble.analysis.scales import METRICS_BY_SCALE, ScaleResult, by_scale
 from lm_eval_lora_ensemble.disk import write_json
 from lm_eval_lora_ensemble.errors import EnsembleError
@@ -77,8 +82,13 @@ def run(arguments: argparse.Namespace) -> int:
     runs = under(read_runs(arguments), asked_distribution(arguments))
     _check_names(runs, [*arguments.ood, *([arguments.calibrate] if arguments.calibrate else [])])
     output: dict[str, Any] = {"runs": [], "comparisons": [], "replicates": []}
+    useless: list[NothingToAnalyseError] = []
     for one in runs:
-        result = evaluate(one, ood=arguments.ood, calibrate=arguments.calibrate, settings=settings)
+        try:
+            result = evaluate(one, ood=arguments.ood, calibrate=arguments.calibrate, settings=settings)
+        except NothingToAnalyseError as error:  # the others are judged all the same
+            useless.append(error)
+            continue
         shown = one.names() if arguments.all else one.top_level()
         _print_result(result, one.distribution, shown)
         judged = {name: by_scale(one, name, settings) for name in shown if name in one}
@@ -88,6 +98,10 @@ def run(arguments: argparse.Namespace) -> int:
         output["runs"].append(
             {**result.to_dict(), "distribution": plain(one.distribution), "scales": plain(scales)}
         )
+    if not output["runs"]:
+        raise useless[0]
+    for error in useless:
+        print(f"\nleft out: {error}")
     for other in runs[1:]:
         try:
             compared = compare(other, runs[0], settings)
@@ -200,8 +214,10 @@ def _print_answers(name: str, answers: AnswerResult) -> None:
             else (score, _cell(mean), "–", "–", "–")
         )
     judged = f", right or wrong by {answers.judged_by}" if answers.judged_by else ", without right and wrong"
-    without = f", {answers.left_out} without an answer left out" if answers.left_out else ""
-    _table(f"{name}: {answers.documents} generated answers{judged}{without}", head, rows)
+    without = (
+        f", {answers.left_out} without a score, which count in accuracy only" if answers.left_out else ""
+    )
+    _table(f"{name}: {answers.documents + answers.left_out} generated answers{judged}{without}", head, rows)
     if answers.accuracy and answers.confidence and answers.ece:
         print(
             f"  accuracy {_cell(answers.accuracy)}, mean p(answer) {_cell(answers.confidence)}, "
@@ -286,6 +302,10 @@ def _print_comparison(run: Run, baseline: Run, compared: dict[str, Comparison]) 
             ("metric", "difference"),
             rows,
         )
+        if c.note:
+            print(f"  {c.note}")
+    for name, why in why_not_compared(run, baseline).items():
+        print(f"Not compared: {name}: {why}")
 
 
 def _print_replicates(runs: list[Run], evaluated: dict[str, Replicated], level: float) -> None:

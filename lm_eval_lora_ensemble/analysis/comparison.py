@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lm_eval_lora_ensemble.analysis.result import Settings
-from lm_eval_lora_ensemble.analysis.runs import Run
+from lm_eval_lora_ensemble.analysis.run import Run, other_protocols
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.metrics import disagreement
 from lm_eval_lora_ensemble.metrics.arrays import FloatArray
@@ -29,12 +29,14 @@ class Comparison:
         difference: A minus B by metric, paired over the same resamples.
         agreement: share of documents for which both predict the same choice.
         total_variation: mean total variation distance of the two distributions, in [0, 1].
+        note: what a reader must know, such as different numbers of examples in the context; empty where nothing.
     """
 
     documents: int
     difference: dict[str, Estimate]
     agreement: Estimate
     total_variation: Estimate
+    note: str = ""
 
 
 def compare(a: Run, b: Run, settings: Settings | None = None) -> dict[str, Comparison]:
@@ -46,11 +48,10 @@ def compare(a: Run, b: Run, settings: Settings | None = None) -> dict[str, Compa
         settings: bins, resamples, seed, level.
 
     Returns:
-        A comparison by task or group; differences are ``a`` minus ``b``.
+        A comparison by task or group with the same documents in both runs; differences are ``a`` minus ``b``.
 
     Raises:
-        NothingInCommonError: no task in common whose right answers are known.
-        EnsembleError: a task with other documents in one run than in the other.
+        NothingInCommonError: no task in common with the same documents and known right answers.
 
     Example:
         >>> from lm_eval_lora_ensemble import compare, load_runs
@@ -60,15 +61,15 @@ def compare(a: Run, b: Run, settings: Settings | None = None) -> dict[str, Compa
     """
     chosen = settings or Settings()
     shared = [name for name in a.names() if name in b]
-    names = [name for name in shared if all(run.predictions(name).is_gold is not None for run in (a, b))]
-    if not names:
+    apart = why_not_compared(a, b)
+    if len(apart) == len(shared):
         strings = "; whole strings are not compared" if a.strings or b.strings else ""
-        known = " whose right answers are known" if shared else ""
-        raise NothingInCommonError(f"{a.source} and {b.source} have no task in common{known}{strings}")
+        why = "".join(f"; {name}: {reason}" for name, reason in apart.items())
+        can_be = " that can be compared" if shared else ""
+        raise NothingInCommonError(f"{a.source} and {b.source} have no task in common{can_be}{strings}{why}")
     results = {}
-    for name in names:
+    for name in (name for name in shared if name not in apart):
         first, second = a.predictions(name), b.predictions(name)
-        check_same_documents(first, second)
         plan = chosen.plan(name, first)
         difference = bootstrap(Battery(first, chosen.bins), plan).minus(
             bootstrap(Battery(second, chosen.bins), plan)
@@ -79,8 +80,24 @@ def compare(a: Run, b: Run, settings: Settings | None = None) -> dict[str, Compa
             difference={n: difference.estimate(n) for n in difference.value},
             agreement=between.estimate("agreement"),
             total_variation=between.estimate("total_variation"),
+            note=other_protocols(a, b, name),
         )
     return results
+
+
+def why_not_compared(a: Run, b: Run) -> dict[str, str]:
+    """Return the tasks and groups that both runs have and :func:`compare` leaves out, and why."""
+    found: dict[str, str] = {}
+    for name in (name for name in a.names() if name in b):
+        first, second = a.predictions(name), b.predictions(name)
+        unknown = [p.missing_gold for p in (first, second) if p.is_gold is None]
+        try:
+            check_same_documents(first, second)
+        except EnsembleError as error:
+            found[name] = str(error)
+        if unknown:
+            found[name] = f"right answers are unknown: {unknown[0]}"
+    return found
 
 
 def distance_statistics(a: Predictions, b: Predictions) -> Statistics:

@@ -6,7 +6,7 @@ import numpy as np
 
 from lm_eval_lora_ensemble.analysis.distribution import CROSSFIT
 from lm_eval_lora_ensemble.analysis.result import ConformalResult, Settings
-from lm_eval_lora_ensemble.analysis.runs import Run
+from lm_eval_lora_ensemble.analysis.run import Run
 from lm_eval_lora_ensemble.metrics import conformal
 from lm_eval_lora_ensemble.metrics.arrays import FloatArray
 from lm_eval_lora_ensemble.metrics.bootstrap import ResamplingPlan, bootstrap
@@ -27,7 +27,9 @@ def conformal_results(run: Run, name: str, settings: Settings) -> list[Conformal
     if parts is None:
         return []
     calibration, test, fitted = parts
-    plan = ResamplingPlan(test.n_documents, settings.resamples, settings.seed, level=settings.level)
+    plan = ResamplingPlan(
+        test.n_documents, settings.resamples, settings.seed, clusters=test.clusters, level=settings.level
+    )
     results = []
     for method in conformal.METHODS:
         sets = conformal.conformal_sets(calibration, test, method, settings.alpha, seed=settings.seed)

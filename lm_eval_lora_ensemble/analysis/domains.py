@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from lm_eval_lora_ensemble.analysis.distribution import CROSSFIT
 from lm_eval_lora_ensemble.analysis.result import Settings
-from lm_eval_lora_ensemble.analysis.runs import Run
+from lm_eval_lora_ensemble.analysis.run import Run
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.metrics.choice_scores import ChoiceScores
 from lm_eval_lora_ensemble.metrics.detection import AnswerForm, Detection, detect, mark_other_forms

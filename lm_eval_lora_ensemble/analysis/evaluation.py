@@ -17,9 +17,8 @@ from lm_eval_lora_ensemble.analysis.result import (
     TaskResult,
     UncertaintyResult,
 )
-from lm_eval_lora_ensemble.analysis.runs import Run
+from lm_eval_lora_ensemble.analysis.run import NothingToAnalyseError, Run
 from lm_eval_lora_ensemble.analysis.strings import evaluate_strings
-from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.metrics.arrays import FloatArray
 from lm_eval_lora_ensemble.metrics.battery import Battery
 from lm_eval_lora_ensemble.metrics.bootstrap import (
@@ -57,6 +56,7 @@ def evaluate(
         settings: bins, resamples, seed, level, alpha.
 
     Raises:
+        NothingToAnalyseError: no task's gold answers are known, and nothing is out-of-domain.
         EnsembleError: a name that the run lacks, no in-domain task left, or unknown gold answers of a task
             that is not out-of-domain only.
 
@@ -89,7 +89,7 @@ def evaluate(
             continue
         results[name], drawn[name] = _evaluate_task(run, name, drawn, chosen)
     if not results and not ood and not run.strings and not run.answers:
-        raise EnsembleError(f"{run.source}: no task has gold answers: {skipped}")
+        raise NothingToAnalyseError(f"{run.source}: no task has gold answers: {skipped}")
 
     return UncertaintyResult(
         source=run.source,
@@ -186,7 +186,7 @@ def _evaluate_task(
             macro=macro,
             macro_tasks=count,
         )
-    curve = risk_coverage(1.0 - predictions.confidence, ~predictions.correct)
+    curve = risk_coverage(predictions.least_confidence, ~predictions.correct)
     points = np.unique(np.linspace(0, len(curve.coverage) - 1, _CURVE_POINTS).round().astype(int))
     result = TaskResult(
         documents=predictions.n_documents,
@@ -205,22 +205,29 @@ def _evaluate_task(
 
 
 def macro_mean(metric: str, parts: Sequence[Bootstrapped], level: float) -> tuple[Estimate, int]:
-    """Average a metric over tasks, each resampled on its own; undefined values are left out."""
+    """Average a metric over tasks, each resampled on its own; undefined values are left out, in resamples too."""
     values = np.array([part.value[metric] for part in parts])
-    defined = np.isfinite(values)
+    defined = ~np.isnan(values)
     if not defined.any():
         nothing = np.full(2, np.nan)
         return interval(float("nan"), nothing, nothing, level), 0
     of_each = [p.resampled[metric] for p, ok in zip(parts, defined, strict=True) if ok]
     fewest = min(map(len, of_each))  # large tasks have fewer
     resampled = np.stack([of_task[:fewest] for of_task in of_each])
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore"):
         return interval(
             float(values[defined].mean()),
-            resampled.mean(axis=0),
+            _mean_of_defined(resampled),
             _macro_jackknife(metric, parts, defined),
             level,
         ), int(defined.sum())
+
+
+def _mean_of_defined(values: FloatArray) -> FloatArray:
+    """Return the means (R,) over the tasks (T, R) in which a resample defines the metric; NaN where none does."""
+    undefined = np.isnan(values)
+    means: FloatArray = np.where(undefined, 0.0, values).sum(axis=0) / (~undefined).sum(axis=0)
+    return means
 
 
 def _macro_jackknife(metric: str, parts: Sequence[Bootstrapped], defined: np.ndarray[Any, Any]) -> FloatArray:

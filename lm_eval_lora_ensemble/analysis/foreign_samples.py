@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -49,11 +50,55 @@ def single_model_scores(sample: Mapping[str, Any]) -> list[float] | None:
     return values
 
 
+@dataclass(frozen=True)
+class NumberTarget:
+    """What a target that is a whole number may mean: a choice's place, or the choice whose text it is.
+
+    Attributes:
+        by_place: the gold choice, −1 where there is no such place.
+        by_text: the gold choice, −1 where no choice, or more than one, has that text.
+        place_fits: whether the logged accuracies allow the first.
+        text_fits: whether they allow the second.
+    """
+
+    by_place: int
+    by_text: int
+    place_fits: bool
+    text_fits: bool
+
+
+def number_target(sample: Mapping[str, Any], scores: FloatArray) -> NumberTarget | None:
+    """Return both readings of a sample's target; None if it is no whole number."""
+    target, c = str(sample.get("target", "")).strip(), scores.shape[1]
+    if not re.fullmatch(r"\d+", target):
+        return None
+    place = int(target) if int(target) < c else -1
+    texts = _texts(sample, c)
+    text = texts.index(target) if texts.count(target) == 1 else -1
+    return NumberTarget(
+        place, text, *(gold >= 0 and _allowed(sample, gold, scores) for gold in (place, text))
+    )
+
+
+def _allowed(sample: Mapping[str, Any], gold: int, scores: FloatArray) -> bool:
+    """Whether the logged ``acc`` and ``acc_norm`` are those of this gold choice, as far as they are known."""
+    c = scores.shape[1]
+    chosen = {"acc": _chosen(sample, c)}
+    lengths = inferred_lengths(sample, c).get("chars")
+    if lengths and min(lengths) > 0:
+        chosen["acc_norm"] = int(np.argmax(scores[0] / lengths))
+    return all(
+        sample.get(metric) not in (0, 1) or choice < 0 or (choice == gold) == bool(sample[metric])
+        for metric, choice in chosen.items()
+    )
+
+
 def inferred_golds(sample: Mapping[str, Any], scores: FloatArray) -> tuple[list[int], str]:
     """Return the indices of the gold choices, or none and why they are unknown.
 
     ``target`` is what the task's doc_to_target gave, as a string: an index, a choice's text, or a list of indices.
-    Where the contexts vary and the continuation does not, it is neither; then the logged scores have to tell.
+    Where the contexts vary and the continuation does not, it is neither; then the logged scores have to tell. Whether
+    numbers are indices or texts is a question to the whole file (:func:`number_target`): here they are indices.
     """
     target, c = str(sample.get("target", "")).strip(), scores.shape[1]
     golds = _listed(target, c) if target.startswith("[") else _single(target, sample, scores)
@@ -82,13 +127,17 @@ def _listed(target: str, c: int) -> list[int]:
 
 def _single(target: str, sample: Mapping[str, Any], scores: FloatArray) -> list[int]:
     c = scores.shape[1]
-    texts = [str(argument.get("arg_1", "")).strip() for argument in arguments_of(sample)][:c]
+    texts = _texts(sample, c)
     if re.fullmatch(r"\d+", target) and int(target) < c:
         return [int(target)]
     if texts.count(target) == 1:
         return [texts.index(target)]
     gold = _gold_from_scores(sample, scores) if len(set(texts)) < len(texts) else -1
     return [gold] if gold >= 0 else []
+
+
+def _texts(sample: Mapping[str, Any], c: int) -> list[str]:
+    return [str(argument.get("arg_1", "")).strip() for argument in arguments_of(sample)][:c]
 
 
 def inferred_lengths(sample: Mapping[str, Any], c: int) -> dict[str, list[float]]:

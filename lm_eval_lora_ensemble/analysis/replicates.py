@@ -17,7 +17,7 @@ import numpy as np
 from scipy import stats
 
 from lm_eval_lora_ensemble.analysis.result import Settings
-from lm_eval_lora_ensemble.analysis.runs import Run
+from lm_eval_lora_ensemble.analysis.run import Run
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.metrics.arrays import FloatArray
 from lm_eval_lora_ensemble.metrics.battery import Battery
@@ -149,13 +149,15 @@ def evaluate_replicates(runs: Sequence[Run], settings: Settings | None = None) -
     return results
 
 
-def spread(values: Sequence[float], resampled: FloatArray, level: float, seed: int = 0) -> Spread:
+def spread(
+    values: Sequence[float], resampled: Sequence[FloatArray] | FloatArray, level: float, seed: int = 0
+) -> Spread:
     """Return mean, standard deviation and both intervals of a metric.
 
     Args:
         values: (K,), one a replicate.
-        resampled: (K, R) or (K, M, R), each replicate's, or each of its M members', values on the same R resamples
-            of documents.
+        resampled: K arrays (R,) or (M, R), each replicate's, or each of its M members', values on the same R resamples
+            of documents; M may differ.
         level: two-sided coverage.
         seed: of the draws of replicates.
 
@@ -178,24 +180,26 @@ def spread(values: Sequence[float], resampled: FloatArray, level: float, seed: i
     )
 
 
-def two_way(resampled: FloatArray, seed: int = 0) -> FloatArray:
+def two_way(resampled: Sequence[FloatArray] | FloatArray, seed: int = 0) -> FloatArray:
     """Draw K of K replicates with replacement for every resample of documents; return the (R,) means over them.
 
     Args:
-        resampled: (K, R), or (K, M, R) for M members of each replicate, which are drawn with replacement too.
+        resampled: K arrays (R,), or (M, R) for the M members of a replicate: of one that is drawn, M of its M members
+            are drawn with replacement too, and every member that is drawn counts as much.
         seed: of the draws.
     """
     rng = np.random.default_rng(seed)
-    k, r = resampled.shape[0], resampled.shape[-1]
+    of_members = [np.atleast_2d(of_replicate) for of_replicate in resampled]
+    sizes = np.array([len(values) for values in of_members])
+    k, m, r = len(of_members), int(sizes.max()), of_members[0].shape[1]
+    padded = np.stack([np.pad(values, ((0, m - len(values)), (0, 0))) for values in of_members])
     picks = rng.integers(k, size=(k, r))
-    columns = np.arange(r)
-    if resampled.ndim == 2:
-        means: FloatArray = resampled[picks, columns].mean(axis=0)
-        return means
-    m = resampled.shape[1]
-    members = rng.integers(m, size=(k, m, r))
-    of_members: FloatArray = resampled[picks[:, None, :], members, columns].mean(axis=(0, 1))
-    return of_members
+    drawn = sizes[picks][:, None, :]  # how many members each drawn replicate has, (K, 1, R)
+    members = rng.integers(np.broadcast_to(drawn, (k, m, r)))
+    values = padded[picks[:, None, :], members, np.arange(r)]
+    counted = np.arange(m)[:, None] < drawn
+    means: FloatArray = np.where(counted, values, 0.0).sum(axis=(0, 1)) / drawn.sum(axis=(0, 1))
+    return means
 
 
 def student_interval(values: FloatArray, level: float) -> tuple[float, float]:
@@ -234,19 +238,17 @@ def _evaluate(name: str, runs: Sequence[Run], settings: Settings) -> Replicated:
             else [whole]
         )
     gains = [e.minus(mean_of(of)) for e, of in zip(ensembles, members, strict=True)]
-    least = min(map(len, members))
 
     def over(parts: Sequence[Bootstrapped], metric: str) -> Spread:
         return spread(
             [part.value[metric] for part in parts],
-            np.stack([part.resampled[metric] for part in parts]),
+            [part.resampled[metric] for part in parts],
             settings.level,
             settings.seed,
         )
 
     def over_members(metric: str) -> Spread:
-        # replicates of different sizes are drawn by their first members, of which all have as many
-        resampled = np.stack([[m.resampled[metric] for m in of[:least]] for of in members])
+        resampled = [np.stack([member.resampled[metric] for member in of]) for of in members]
         values = [member.value[metric] for of in members for member in of]
         return spread(values, resampled, settings.level, settings.seed)
 

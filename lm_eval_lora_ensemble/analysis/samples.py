@@ -8,8 +8,8 @@ not say is inferred by :mod:`.foreign_samples`. Files are read line by line and 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ import numpy as np
 
 from lm_eval_lora_ensemble.analysis.answers import AnswerReader, AnswerScores, is_answer
 from lm_eval_lora_ensemble.analysis.foreign_samples import (
+    NumberTarget,
     differs_from_logged,
     inferred_golds,
     inferred_lengths,
+    number_target,
     other_is_inferred,
     single_model_scores,
 )
@@ -64,6 +66,7 @@ class SampledDocument:
         scores: (N, C) loglikelihoods, nats.
         golds: indices of the right choices; empty where unknown.
         why_no_gold: why they are unknown.
+        number: what a target that is a number may mean; None for others, and where the right choices were logged.
         nll: as logged, NaN if it was not.
         other_class: whether "other" counts as a choice; None where the file does not say.
         lengths: of each choice by unit, as far as they are known.
@@ -75,6 +78,7 @@ class SampledDocument:
     scores: FloatArray
     golds: list[int]
     why_no_gold: str
+    number: NumberTarget | None
     nll: float
     other_class: bool | None
     lengths: Mapping[str, list[float]]
@@ -83,12 +87,18 @@ class SampledDocument:
 
 
 def read_task(
-    path: Path, task: str, *, of_ensemble: bool, own_scoring: bool = False
+    path: Path,
+    task: str,
+    *,
+    of_ensemble: bool,
+    own_scoring: bool = False,
+    lower_is_better: Collection[str] = (),
 ) -> ChoiceScores | StringScores | AnswerScores | str:
     """Read a samples file; return why it cannot be analysed if it is of no kind that can.
 
     In an ensemble's run a task whose samples carry no members' scores is not taken for a single model's. Where a task
-    has a scoring of its own and no accuracy, its ``target`` is not taken for a right answer.
+    has a scoring of its own and no accuracy, its ``target`` is not taken for a right answer. No metric of
+    ``lower_is_better`` says which generated texts are right.
     """
     documents: dict[int, SampledDocument] = {}
     strings: StringReader | None = None
@@ -96,7 +106,7 @@ def read_task(
     wanted: str | None = None
     for number, sample in iter_samples(path):
         if answers or (not documents and not strings and is_answer(sample)):
-            answers = answers or AnswerReader(path)
+            answers = answers or AnswerReader(path, lower_is_better)
             answers.add(sample, number)
             continue
         # Several filters log every document several times; the first one is the task's main one.
@@ -127,7 +137,30 @@ def read_task(
     if not documents:
         raise EnsembleError(f"{path} holds no sample")
     # Ranks of a distributed run write their documents one rank after another.
-    return _assemble([documents[key] for key in sorted(documents)], task, path)
+    return _assemble(_numbers_read([documents[key] for key in sorted(documents)]), task, path)
+
+
+def _numbers_read(documents: list[SampledDocument]) -> list[SampledDocument]:
+    """Read targets that are numbers as what the whole file allows: all as choices' places, or all as their texts.
+
+    Places are the rule. Where some number is another choice's text as well, accuracies, and numbers that can be one of
+    the two only, have to tell.
+    """
+    numbers = [document.number for document in documents if document.number is not None]
+    if all(number.by_text in (-1, number.by_place) or number.by_place < 0 for number in numbers):
+        return documents
+    places, texts = all(n.place_fits for n in numbers), all(n.text_fits for n in numbers)
+    if places and not texts:
+        return documents
+    if texts and not places:
+        return [
+            document
+            if document.number is None
+            else replace(document, golds=[document.number.by_text], why_no_gold="")
+            for document in documents
+        ]
+    why = "targets are numbers, and nothing says whether they are choices' places or their texts"
+    return [replace(document, golds=[], why_no_gold=why) for document in documents]
 
 
 def _check_alike(document: SampledDocument, first: SampledDocument, path: Path) -> None:
@@ -180,9 +213,10 @@ def _document(
         document = int(sample["doc_id"])
         # where the task reports an nll of its own, ours has another name
         nll = sample.get("ensemble_nll", sample.get("nll"))
-        if "golds" in sample:
+        logged, unknown = "golds" in sample, own_scoring and "acc" not in sample
+        if logged:
             golds, why = _logged_golds(sample, scores)
-        elif own_scoring and "acc" not in sample:
+        elif unknown:
             golds, why = [], "the task scores answers by a rule of its own"
         else:
             golds, why = inferred_golds(sample, scores)
@@ -192,6 +226,7 @@ def _document(
             scores=scores,
             golds=golds,
             why_no_gold="" if golds else f"{path}, line {number}: {why}",
+            number=None if logged or unknown else number_target(sample, scores),
             nll=float("nan") if nll is None else float(nll),
             other_class=None if other is None else bool(other),
             lengths=_lengths(sample, scores.shape[1]),

@@ -74,9 +74,10 @@ def eval_results(result: RunResults, level: float) -> Iterator[EvalResult]:
             yield from _entry(about, metric, estimate.value, {**_limits(estimate), **shared})
     for task, by_filter in (result.answers.results if result.answers else {}).items():
         for filter_key, answers in by_filter.items():
-            about = _dataset(result, task, (task,), answers.documents)
-            judged = {answers.judged_by: answers.accuracy, "ece": answers.ece}
-            for metric, known in judged.items():
+            asked = answers.documents + answers.left_out
+            judged = {answers.judged_by: (answers.accuracy, asked), "ece": (answers.ece, answers.documents)}
+            for metric, (known, documents) in judged.items():
+                about = _dataset(result, task, (task,), documents)
                 if metric and known is not None:
                     yield from _entry(
                         about, metric, known.value, {**_limits(known), **shared, "filter": filter_key}

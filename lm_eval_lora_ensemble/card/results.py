@@ -10,7 +10,8 @@ from typing import Any
 from lm_eval_lora_ensemble.analysis.arguments import primary_distribution, under
 from lm_eval_lora_ensemble.analysis.distribution import Distribution
 from lm_eval_lora_ensemble.analysis.result import Settings
-from lm_eval_lora_ensemble.analysis.runs import Run, load_runs, merge_runs
+from lm_eval_lora_ensemble.analysis.run import Run, merge_runs
+from lm_eval_lora_ensemble.analysis.runs import load_runs
 from lm_eval_lora_ensemble.analysis.strings import StringResult, evaluate_strings
 from lm_eval_lora_ensemble.ensemble.adapters.folder import CONFIG, WEIGHTS, adapter_sha256
 from lm_eval_lora_ensemble.ensemble.manifest import Manifest

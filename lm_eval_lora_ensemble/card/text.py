@@ -189,7 +189,9 @@ def _of_answers(result: RunResults) -> list[str]:
     for task, by_filter in (result.answers.results if result.answers else {}).items():
         for filter_key, answers in by_filter.items():
             name = escape(task_name(result.title(task), filter_key))
-            lines += [f"**{name}**, {answers.documents} generated answers{_limited(result)}", ""]
+            without = f", {answers.left_out} of them without a score" if answers.left_out else ""
+            asked = answers.documents + answers.left_out
+            lines += [f"**{name}**, {asked} generated answers{without}{_limited(result)}", ""]
             lines += ["| | ensemble |", "|---|---:|"]
             if answers.accuracy is not None:
                 lines.append(f"| {answers.judged_by} ↑ | {_shown(answers.accuracy)} |")

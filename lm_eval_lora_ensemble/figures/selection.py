@@ -109,7 +109,7 @@ def _label(name: str, area: float) -> str:
 
 
 def _curve(predictions: Predictions) -> RiskCoverage:
-    return risk_coverage(1 - predictions.confidence, ~predictions.correct)
+    return risk_coverage(predictions.least_confidence, ~predictions.correct)
 
 
 def _risk_at(coverage: FloatArray, curve: RiskCoverage) -> FloatArray:
@@ -127,7 +127,7 @@ def _band(
 ) -> tuple[FloatArray, FloatArray]:
     """Return the lower and upper limit of the risk at each coverage."""
     error: BoolArray = ~predictions.correct
-    ranking = Ranking(1 - predictions.confidence, error)
+    ranking = Ranking(predictions.least_confidence, error)
     plan = ResamplingPlan(
         predictions.n_documents, resamples, seed, clusters=predictions.clusters, level=level
     )

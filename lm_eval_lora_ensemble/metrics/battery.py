@@ -42,7 +42,7 @@ def uncertainty_scores(predictions: Predictions) -> dict[str, FloatArray]:
     """
     p = predictions.probabilities
     scores = {
-        "max_probability": 1.0 - predictions.confidence,
+        "max_probability": predictions.least_confidence,
         "entropy": information.predictive_entropy(p),
         "expected_entropy": information.expected_entropy(p),
     }

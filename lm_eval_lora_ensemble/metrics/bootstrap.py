@@ -11,7 +11,7 @@ vary with other questions of the same kind, not with other training seeds.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -143,7 +143,9 @@ class ResamplingPlan:
         return counts if np.array_equal(self.units, np.arange(self.documents)) else counts[:, self.units]
 
     def leave_out(self) -> Iterator[FloatArray]:
-        """Yield the jackknife's weights: each unit, or random group of units, left out in turn."""
+        """Yield the jackknife's weights: each unit, or random group of units, left out in turn; none of one unit."""
+        if self.n_units < 2:
+            return
         groups = min(self.n_units, JACKKNIFE_GROUPS)
         order = np.random.default_rng(self.seed).permutation(self.n_units)
         group_of_unit = np.empty(self.n_units, dtype=np.int64)
@@ -173,7 +175,10 @@ class Bootstrapped:
     jackknife: dict[str, FloatArray]
 
     def estimate(self, name: str) -> Estimate:
-        """Return a metric's value with its intervals."""
+        """Return a metric's value with its intervals; they are NaN where a single document or cluster is drawn from."""
+        if self.plan.n_units < 2:
+            nothing = np.full(2, np.nan)
+            return interval(self.value[name], nothing, nothing, self.plan.level)
         return interval(self.value[name], self.resampled[name], self.jackknife[name], self.plan.level)
 
     def minus(self, other: Bootstrapped) -> Bootstrapped:
@@ -185,12 +190,13 @@ class Bootstrapped:
         if not _same_plan(self.plan, other.plan):
             raise EnsembleError("a paired difference needs both sides on the same resamples: use one plan")
         names = [name for name in self.value if name in other.value]
-        return Bootstrapped(
-            self.plan,
-            {n: self.value[n] - other.value[n] for n in names},
-            {n: self.resampled[n] - other.resampled[n] for n in names},
-            {n: self.jackknife[n] - other.jackknife[n] for n in names},
-        )
+        with np.errstate(invalid="ignore"):  # of two infinite values there is no difference
+            return Bootstrapped(
+                self.plan,
+                {n: self.value[n] - other.value[n] for n in names},
+                {n: self.resampled[n] - other.resampled[n] for n in names},
+                {n: self.jackknife[n] - other.jackknife[n] for n in names},
+            )
 
 
 def _same_plan(a: ResamplingPlan, b: ResamplingPlan) -> bool:
@@ -218,7 +224,8 @@ def bootstrap(statistics: Statistics, plan: ResamplingPlan) -> Bootstrapped:
     # The products are too small for BLAS to gain from threads, and on a busy machine its threads spin while
     # they wait for each other: measured, ten times slower.
     with _thread_pools().limit(limits=1, user_api="blas"):
-        resampled, jackknife = _collect(statistics, plan.draws()), _collect(statistics, plan.leave_out())
+        resampled = _collect(statistics, plan.draws(), value)
+        jackknife = _collect(statistics, plan.leave_out(), value)
     return Bootstrapped(plan, value, resampled, jackknife)
 
 
@@ -228,9 +235,11 @@ def _thread_pools() -> ThreadpoolController:
     return ThreadpoolController()
 
 
-def _collect(statistics: Statistics, chunks: Iterator[FloatArray]) -> dict[str, FloatArray]:
+def _collect(
+    statistics: Statistics, chunks: Iterator[FloatArray], names: Iterable[str]
+) -> dict[str, FloatArray]:
     parts = [statistics(weights) for weights in chunks]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return {name: np.concatenate([part[name] for part in parts] or [np.empty(0)]) for name in names}
 
 
 def interval(value: float, resampled: FloatArray, jackknife: FloatArray, level: float = 0.95) -> Estimate:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lm_eval_lora_ensemble.errors import EnsembleError
-from lm_eval_lora_ensemble.metrics.arrays import FloatArray
+from lm_eval_lora_ensemble.metrics.arrays import FloatArray, IntArray
 from lm_eval_lora_ensemble.metrics.battery import uncertainty_scores
 from lm_eval_lora_ensemble.metrics.bootstrap import Bootstrapped, Estimate, ResamplingPlan, bootstrap
 from lm_eval_lora_ensemble.metrics.choice_scores import ChoiceScores
@@ -137,7 +137,8 @@ def detect(
     """Tell out-of-domain from in-domain documents by each uncertainty score (Hendrycks & Gimpel 2017).
 
     The scores are 1 − max p̄, predictive entropy, expected entropy and mutual information, as in
-    arXiv 2402.12264. Gold answers are not needed. Both sides are resampled apart, each keeping its size.
+    arXiv 2402.12264. Gold answers are not needed. Both sides are resampled apart, each keeping its size; of a group
+    whole tasks are drawn, of a task documents.
 
     Args:
         in_domain: the task the members were trained for.
@@ -169,7 +170,14 @@ def detect(
         )
     sizes = [in_domain.n_documents, out_of_domain.n_documents]
     statistics = DetectionStatistics(in_domain, out_of_domain)
-    plan = ResamplingPlan(sum(sizes), resamples, seed, strata=np.repeat([0, 1], sizes), level=level)
+    plan = ResamplingPlan(
+        sum(sizes),
+        resamples,
+        seed,
+        clusters=_clusters(in_domain, out_of_domain),
+        strata=np.repeat([0, 1], sizes),
+        level=level,
+    )
     drawn: Bootstrapped = bootstrap(statistics, plan)
     return {
         score: Detection(
@@ -179,3 +187,16 @@ def detect(
         )
         for score in statistics.scores
     }
+
+
+def _clusters(*sides: Predictions) -> IntArray | None:
+    """Return what is drawn whole on each side, (sum of D,): tasks of a group, documents of a task."""
+    if all(side.clusters is None for side in sides):
+        return None
+    labels = [
+        np.arange(side.n_documents)
+        if side.clusters is None
+        else np.unique(side.clusters, return_inverse=True)[1].reshape(-1)
+        for side in sides
+    ]
+    return np.concatenate(labels).astype(np.int64)

@@ -225,6 +225,16 @@ class Predictions:
         return top
 
     @cached_property
+    def least_confidence(self) -> FloatArray:
+        """(D,): 1 − max_c p̄(c), in [0, 1 − 1/C].
+
+        It is the sum of the other choices, least first, because a difference from 1 is 0 for all documents that are
+        surer than 1 − 2⁻⁵³, and summed loglikelihoods of long answers are.
+        """
+        others: FloatArray = np.sort(self.mixture, axis=1)[:, :-1].sum(axis=1)
+        return others
+
+    @cached_property
     def correct(self) -> BoolArray:
         """(D,): whether argmax_c p̄(c) is a gold choice; the first of equal ones is chosen."""
         right: BoolArray = self.require_gold()[np.arange(self.n_documents), self.mixture.argmax(axis=1)]

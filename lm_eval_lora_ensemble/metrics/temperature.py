@@ -71,7 +71,8 @@ def fit_temperature_of_mixture(scores: npt.ArrayLike, is_gold: npt.ArrayLike) ->
     best = int(np.argmin(values))
     t = loss.minimum_between(_GRID[max(best - 1, 0)], _GRID[min(best + 1, len(_GRID) - 1)])
     least = min(loss(t), values[best])
-    for limit, value in ((0, values[0]), (-1, values[-1])):
+    # the upper limit first: where the scores say nothing, every T is as good, and chance is what they amount to
+    for limit, value in ((-1, values[-1]), (0, values[0])):
         if value <= least + _INDISTINGUISHABLE:
             return FittedTemperature(TEMPERATURE_RANGE[limit], float("nan"), True, loss.documents)
     return FittedTemperature(float(np.exp(t)), loss.standard_error(t), False, loss.documents)
@@ -144,8 +145,11 @@ class _MixtureLoss:
         z = np.where(np.isfinite(self._z), self._z, 0.0)
         p = np.exp(beta * self._z)
         p /= p.sum(axis=0)
-        mass = np.where(self._gold, p, 0.0).sum(axis=0)
-        of_golds = np.divide(np.where(self._gold, p, 0.0), mass, where=mass > 0, out=np.zeros_like(p))
+        # from their own peak: beside a far likelier wrong choice the golds' masses would underflow, their shares not
+        peak = np.where(np.isfinite(self._peak), self._peak, 0.0)
+        of_golds = np.exp(np.where(self._gold, beta * (self._z - peak), -np.inf))
+        mass = of_golds.sum(axis=0)
+        of_golds = np.divide(of_golds, mass, where=mass > 0, out=np.zeros_like(p))
         mean, mean_of_golds = (p * z).sum(axis=0), (of_golds * z).sum(axis=0)
         # of log P_m(golds) in beta: a difference of means, then of variances
         first = mean_of_golds - mean

@@ -44,7 +44,7 @@ def answer_rows(answers: Mapping[int, Answers], entries: Sequence[Entry]) -> lis
         {
             "run": entries[index].label,
             "task": task_name(task, filter_key),
-            "n": result.documents,
+            "n": _counted(result),
             "accuracy": _shown(result.accuracy),
             "ece": _shown(result.ece),
             "score": score,
@@ -86,7 +86,7 @@ def sentences(answers: Mapping[int, Answers], entries: Sequence[Entry]) -> list[
                 if result.accuracy is None:
                     continue
                 sure = {s: e.auroc for s, e in result.errors.items() if e.auroc.quoted[0] > 0.5}
-                where = f"{entries[index].label} on {task_name(task, filter_key)}, {result.documents} generated answers"
+                where = f"{entries[index].label} on {task_name(task, filter_key)}, {_counted(result)} generated answers"
                 accuracy = f"{result.judged_by} {display(result.accuracy.value)}"
                 if sure:
                     best = max(sure, key=lambda score: sure[score].value)
@@ -100,6 +100,12 @@ def sentences(answers: Mapping[int, Answers], entries: Sequence[Entry]) -> list[
 def task_name(task: str, filter_key: str) -> str:
     """Return how a task under a filter is called."""
     return task if filter_key == "none" else f"{task}, {filter_key}"
+
+
+def _counted(result: AnswerResult) -> str:
+    """Return how many answers there are, and how many of them only accuracy counts."""
+    without = f" ({result.left_out} without a score)" if result.left_out else ""
+    return f"{result.documents + result.left_out}{without}"
 
 
 def _shown(estimate: Estimate | None) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from lm_eval_lora_ensemble.analysis.domains import detect_all
 from lm_eval_lora_ensemble.analysis.replicates import replicate_sets, sharing_members
-from lm_eval_lora_ensemble.analysis.runs import Run
+from lm_eval_lora_ensemble.analysis.run import Run
 from lm_eval_lora_ensemble.analysis.scales import ScaleResult, by_scale
 from lm_eval_lora_ensemble.disk import write_folder
 from lm_eval_lora_ensemble.errors import EnsembleError, one_line

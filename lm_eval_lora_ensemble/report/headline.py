@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from lm_eval_lora_ensemble.metrics.detection import Detection
@@ -38,6 +39,8 @@ def sentences(
 
 def _change(gain: Cell) -> str:
     """Say by how much the ensemble differs from its mean member, and whether the interval decides it."""
+    if math.isnan(gain.low):
+        return "no interval of the difference from its mean member's"
     limits = f"[{display(gain.low)}, {display(gain.high)}]"
     if gain.low <= 0 <= gain.high:
         return f"does not differ measurably from its mean member's, difference {limits}"

@@ -11,6 +11,7 @@ import numpy as np
 from lm_eval_lora_ensemble.analysis.evaluation import macro_mean
 from lm_eval_lora_ensemble.analysis.replicates import student_interval, welch_interval
 from lm_eval_lora_ensemble.analysis.result import Settings
+from lm_eval_lora_ensemble.analysis.run import other_protocols
 from lm_eval_lora_ensemble.metrics.battery import Battery
 from lm_eval_lora_ensemble.metrics.bootstrap import Bootstrapped, Estimate, ResamplingPlan, bootstrap, mean_of
 from lm_eval_lora_ensemble.metrics.predictions import Predictions, same_documents
@@ -188,9 +189,16 @@ def leaderboard(
             documents=(min(sizes), max(sizes)),
             rows=rows,
             gains=_gains(entries, name, drawn) if top else {},
-            notes=[]
-            if comparable
-            else [f"{name}: the runs answered different documents; no value is marked best"],
+            notes=[
+                *(
+                    []
+                    if comparable
+                    else [f"{name}: the runs answered different documents; no value is marked best"]
+                ),
+                *dict.fromkeys(
+                    filter(None, (other_protocols(having[0][1].run, e.run, name) for _, e in having[1:]))
+                ),
+            ],
         )
 
 

@@ -12,7 +12,8 @@ from stepwise.values import Judged
 
 from lm_eval_lora_ensemble.analysis.distribution import CROSSFIT, RAW, VALIDATION, Distribution
 from lm_eval_lora_ensemble.analysis.domains import out_of_domain
-from lm_eval_lora_ensemble.analysis.runs import Run, load_samples, merge_runs
+from lm_eval_lora_ensemble.analysis.run import Run, merge_runs
+from lm_eval_lora_ensemble.analysis.runs import load_samples
 from lm_eval_lora_ensemble.metrics.battery import Battery
 from lm_eval_lora_ensemble.metrics.bootstrap import Bootstrapped, ResamplingPlan, bootstrap, mean_of
 from lm_eval_lora_ensemble.metrics.detection import DetectionStatistics
