@@ -100,8 +100,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
     if not output["runs"]:
         raise useless[0]
-    for error in useless:
-        print(f"\nleft out: {error}")
+    for reason in useless:
+        print(f"\nleft out: {reason}")
     for other in runs[1:]:
         try:
             compared = compare(other, runs[0], settings)
