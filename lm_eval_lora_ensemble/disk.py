@@ -54,9 +54,13 @@ def flush(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file beside its place, flush it and rename it: a reader sees old or new, never half."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    scratch.write_text(text, encoding="utf-8")
-    flush(scratch)
-    scratch.replace(path)
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        flush(scratch)
+        scratch.replace(path)
+    except OSError:
+        scratch.unlink(missing_ok=True)
+        raise
 
 
 def remove_half_written(folder: Path) -> None:
@@ -257,6 +261,29 @@ def sha256(path: Path) -> str:
     with path.open("rb") as stream:
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
+    return digest.hexdigest()
+
+
+_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
+
+
+def sampled_digest(folder: Path) -> str:
+    """Return a hexadecimal sha256 that changes with the model in a folder, without reading all of its weights.
+
+    Of config.json and of every file of weights it takes the name, the size and 64 pieces of 64 KiB, evenly spaced, of
+    which the first holds a safetensors file's header. It is not for files that somebody may forge.
+    """
+    digest = hashlib.sha256()
+    kinds = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
+    for path in sorted(folder.iterdir()):
+        if not path.is_file() or (path.suffix not in kinds and path.name != "config.json"):
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as stream:
+            for i in range(_SAMPLES if size > _SAMPLES * _SAMPLE_BYTES else 1):
+                stream.seek(i * size // _SAMPLES)
+                digest.update(stream.read(_SAMPLE_BYTES if size > _SAMPLES * _SAMPLE_BYTES else size))
     return digest.hexdigest()
 
 

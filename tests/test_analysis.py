@@ -252,3 +252,22 @@ def test_a_samples_file_named_beside_its_folder_is_one_run(folder, capsys):
     for places in ([file, folder], [folder, file]):
         assert cli.main(["analyse", *map(str, places), "--resamples", "20"]) == 0
         assert "minus" not in capsys.readouterr().out
+
+
+def test_a_file_that_cannot_be_one_is_named_before_the_work(folder, capsys):
+    for words, message in (
+        (["--json", str(folder)], "is a folder; name a file"),
+        (["--seed", "-1"], "seed is -1; a whole number of at least 0 is needed"),
+    ):
+        assert cli.main(["analyse", str(folder), *words]) == 2
+        said = capsys.readouterr()
+        assert message in said.err and not said.out
+
+
+def test_one_name_is_no_list_of_names(run):
+    with pytest.raises(EnsembleError, match=r"ood='ab': give a list of names"):
+        evaluate(run, ood="ab", settings=QUICK)
+
+
+def test_a_run_is_shown_in_a_line(run):
+    assert repr(run) == "Run('run', '', tasks=['a', 'b', 'c'], groups=['ab'])"

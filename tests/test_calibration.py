@@ -279,6 +279,11 @@ def test_calibrate_reads_a_folder_of_0_1_0(trained, place, tmp_path):
         (["generating"], "'generating' is generate_until; only choices have a temperature"),
         (["held_uot"], "lm-eval knows no task 'held_uot'; did you mean 'held_out'"),
         (["held_out", "--limit", "0"], "--limit 0: give a whole number above 0"),
+        (
+            ["held_out", "--num_fewshot", "500"],
+            "500 examples in front of document 0 of held_out cannot be had",
+        ),
+        ([" "], "no task was named"),
     ],
 )
 def test_what_is_no_calibration_is_refused_in_one_line(place, trained, capsys, words, message):

@@ -13,6 +13,7 @@ import sys
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lm_eval_lora_ensemble import disk
@@ -197,6 +198,34 @@ def test_checksums_are_those_of_hashlib_and_of_files_only(tmp_path):
 
 
 # --------------------------------------------------------------------------------------- strangers' JSON
+
+
+def test_a_sampled_digest_changes_with_what_a_model_is(tmp_path):
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    content = bytearray(np.random.default_rng(0).bytes(9_000_000))
+    weights.write_bytes(content)
+    config.write_text("{}")
+    (tmp_path / "README.md").write_text("one")
+    first = disk.sampled_digest(tmp_path)
+    (tmp_path / "README.md").write_text("another")
+    assert disk.sampled_digest(tmp_path) == first
+    config.write_text('{"a": 1}')
+    assert disk.sampled_digest(tmp_path) != first
+    config.write_text("{}")
+    for start in (0, 4_400_000, 8_700_000):  # some layers only
+        changed = content.copy()
+        changed[start : start + 200_000] = bytes(200_000)
+        weights.write_bytes(changed)
+        assert disk.sampled_digest(tmp_path) != first
+    weights.write_bytes(content + b"!")
+    assert disk.sampled_digest(tmp_path) != first
+
+
+def test_what_cannot_be_written_leaves_no_half_of_it(tmp_path):
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OSError, match="taken"):
+        disk.write_text(tmp_path / "taken", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
 @pytest.mark.parametrize(

@@ -269,8 +269,15 @@ def test_a_folder_of_something_else_is_left_alone(one, run, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(EnsembleError, match=r"holds notes\.txt but no draw\.json"):
         draw("dropout", one, p=0.1, output=tmp_path)
-    with pytest.raises(EnsembleError, match="nothing was drawn into it"):
-        draw("dropout", run, p=0.1, member=0, output=run)
+    before = sorted(run.rglob("*"))
+    for place in (run, run / "drawn", run / "member_00" / "drawn", tmp_path / "link"):
+        if place.name == "link":
+            place.symlink_to(run)
+        with pytest.raises(EnsembleError, match="which is drawn from; give a folder outside it"):
+            draw("dropout", run, p=0.1, member=0, output=place)
+    assert sorted(run.rglob("*")) == before
+    with pytest.raises(EnsembleError, match=r"notes\.txt is a file; name a folder"):
+        draw("dropout", one, p=0.1, output=tmp_path / "notes.txt")
 
 
 @pytest.mark.parametrize(

@@ -525,3 +525,11 @@ def test_figures_need_neither_torch_nor_lm_eval_nor_pyplot():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_figures_files_are_named_by_any_path(tmp_path):
+    axes = figures.plot_reliability(Predictions.from_scores([[2.0, 0.0], [0.0, 1.0]], gold=[0, 0]))
+    for place in (str(tmp_path / "one"), tmp_path / "one.png", str(tmp_path / "one.svg")):
+        files = figures.save(axes, place)
+        assert [file.name for file in files] == ["one.svg", "one.png"]
+        assert all(file.is_file() for file in files)

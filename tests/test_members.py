@@ -94,6 +94,16 @@ def test_each_mistake_is_named(folder, spoil, arguments, message):
         find_ensemble(**{"adapters": folder, **arguments})
 
 
+@pytest.mark.parametrize("target", ["/nowhere/member_03", "member_03"])
+def test_a_link_to_what_is_not_there_is_no_smaller_ensemble(folder, target):
+    (folder / "member_03").symlink_to(target)
+    with pytest.raises(EnsembleError, match="a missing member would silently make a smaller ensemble"):
+        find_ensemble(folder)
+    (folder / "member_03").unlink()
+    (folder / "note").symlink_to(folder / "member_00" / "adapter_config.json")  # a file is no member
+    assert len(find_ensemble(folder).members) == 3
+
+
 def test_adapters_of_different_bases(folder, edit_json):
     edit_json(folder / "member_02" / "adapter_config.json", base_model_name_or_path="other/base")
     with pytest.raises(EnsembleError, match=r"different base models.*member_02 is on other/base"):

@@ -5,15 +5,19 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from scipy import special, stats
 
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.metrics import calibration, choices, disagreement, information
 from lm_eval_lora_ensemble.metrics import proper_scores as scores
 from lm_eval_lora_ensemble.metrics.battery import Battery
+from lm_eval_lora_ensemble.metrics.bootstrap import ResamplingPlan
+from lm_eval_lora_ensemble.metrics.choice_scores import ChoiceScores
 from lm_eval_lora_ensemble.metrics.classwise import brier_decomposition, classwise_calibration_error
 from lm_eval_lora_ensemble.metrics.predictions import Predictions
 from lm_eval_lora_ensemble.metrics.ranking import auroc, average_precision, false_positive_rate_at
+from lm_eval_lora_ensemble.metrics.recalibration import fit_shared_temperature, fit_temperature, fit_vector
 from lm_eval_lora_ensemble.metrics.registry import METRICS
 from lm_eval_lora_ensemble.metrics.selection import accuracy_at_coverage, coverage_at_risk, risk_coverage
 
@@ -328,8 +332,60 @@ GOOD = np.array([[0.4, 0.6], [0.5, 0.5]])
         (lambda: Predictions.from_scores(np.zeros((1, 2, 4)), None).correct, "gold answers are needed"),
         (lambda: Battery(Predictions.from_scores(np.zeros((1, 2, 4)), None)), "not given"),
         (lambda: Predictions.from_scores(np.zeros((2, 2, 4)), [0, 1]).only([2]), "there are 0 to 1"),
+        (
+            lambda: Predictions.from_scores(np.zeros((2, 2, 4)), [0, 1]).only(np.array([0, 2])),
+            "there are 0 to 1",
+        ),
+        (lambda: Predictions.from_scores(np.zeros((2, 2, 4)), [0, 1]).take([]), "no document was selected"),
+        (lambda: Predictions.concatenate(iter(())), "no task to pool"),
+        (
+            lambda: Predictions.from_scores(np.zeros((1, 2, 4)), [0, 1], counts=[3.9, 3.2]),
+            "one whole number for each",
+        ),
+        (
+            lambda: Predictions.from_scores(np.zeros((1, 2, 4)), [0, 1], subjects=["a", "b", "c"]),
+            "one label, or one",
+        ),
+        (lambda: ChoiceScores.of(np.zeros((2, 2, 4))).only([-1]), "there are 0 to 1"),
+        (lambda: ChoiceScores.of(np.zeros((2, 2, 4))).only([]), "there are 0 to 1"),
+        (
+            lambda: calibration.expected_calibration_error([0.5], [1], binning="uniform"),
+            "use one of width, mass",
+        ),
+        (lambda: calibration.expected_calibration_error([0.5], [1], bins=10**9), "at most 100,000"),
+        (lambda: calibration.expected_calibration_error([0.5], [1], bins=1.5), "give a whole number"),
+        (lambda: classwise_calibration_error([[0.5, 0.3, 0.2]], [0], counts=[2]), "probability beyond them"),
+        (lambda: classwise_calibration_error([[0.5, 0.5]], [0], counts=[4]), "counts is 4 at document 0"),
+        (lambda: information.entropy(np.ma.array(GOOD, mask=[[0, 0], [1, 1]])), "masked entries"),
+        (lambda: information.entropy([["a", "b"]]), "not a rectangular array of numbers"),
+        (lambda: information.entropy([[0.5 + 0j, 0.5]]), "its type is complex128"),
+        (
+            lambda: information.entropy(torch.tensor([[0.5, 0.5]], dtype=torch.bfloat16)),
+            r"\.detach\(\)\.float\(\)",
+        ),
+        (
+            lambda: information.entropy(torch.tensor([[0.5, 0.5]], requires_grad=True)),
+            r"\.detach\(\)\.float\(\)",
+        ),
+        (
+            lambda: Battery(Predictions.from_scores(np.zeros((1, 2, 4)), [0, 1]), metrics=["nlll"]),
+            "did you mean nll",
+        ),
+        (lambda: ResamplingPlan(3, seed=-1), "seed is -1"),
+        (lambda: fit_vector([[-1.0], [-1.0, -2.0]], [0, 0]), "log_p is not a rectangular array"),
     ],
 )
 def test_bad_input_is_one_clear_error(call, message):
     with pytest.raises(EnsembleError, match=message):
         call()
+
+
+def test_lists_are_as_good_as_arrays(rng):
+    log_p, gold = np.log(rng.dirichlet(np.ones(3), size=20)), rng.integers(3, size=20)
+    assert fit_temperature(log_p.tolist(), gold) == fit_temperature(log_p, gold)
+    assert fit_shared_temperature([log_p.tolist()] * 2, gold) == fit_shared_temperature(
+        np.stack([log_p] * 2), gold
+    )
+    assert np.array_equal(fit_vector(log_p.tolist(), gold).slope, fit_vector(log_p, gold).slope)
+    object_of_numbers = np.array([[0.5, 0.5]], dtype=object)
+    assert information.entropy(object_of_numbers) == pytest.approx(np.log(2))

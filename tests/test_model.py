@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import pickle
 import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,11 @@ from conftest import random_adapters
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from lm_eval.models.huggingface import HFLM
+from safetensors.torch import load_file, save_file
+from sqlitedict import SqliteDict
 
 from lm_eval_lora_ensemble.errors import EnsembleError
+from lm_eval_lora_ensemble.harness.cache import OWNER_KEY
 from lm_eval_lora_ensemble.harness.model import LoraEnsembleLM
 from lm_eval_lora_ensemble.scoring.loglikelihood import EnsembleLoglikelihood
 
@@ -146,10 +151,46 @@ def test_log_mean_exp_of_impossible_continuations():
     assert np.isnan(EnsembleLoglikelihood.average([np.nan, 0.0]))
 
 
-@pytest.mark.parametrize("arguments", [{"average": "mean"}, {"members": -1}, {"epoch": 1.5}, {"peft": "x"}])
-def test_wrong_arguments_are_refused(ensemble, arguments):
-    with pytest.raises(EnsembleError, match=next(iter(arguments))):
-        lora(ensemble, **arguments)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"average": "mean"}, "average=mean: use one of"),
+        ({"members": -1}, "members=-1: give a whole number"),
+        ({"epoch": 1.5}, "epoch=1.5: give a whole number"),
+        ({"peft": "x"}, "name adapters with adapters="),
+        ({"allow_base_mismatch": "no"}, "allow_base_mismatch=no: give True or False"),
+        ({"uncertainty_metrics": "no"}, "uncertainty_metrics=no: give True or False"),
+        ({"batch_size": 0}, "batch_size=0: give a whole number above 0, or auto"),
+        ({"batch_size": "some"}, "batch_size=some: give a whole number above 0, or auto"),
+        ({"device": "gpu"}, "device=gpu: torch has no such device"),
+        ({"member": 1}, "there is no argument member; did you mean members"),
+    ],
+)
+def test_wrong_arguments_are_refused(ensemble, arguments, message):
+    with pytest.raises(EnsembleError, match=message):
+        LoraEnsembleLM(adapters=str(ensemble), **{"device": "cpu", **arguments})
+
+
+@pytest.mark.parametrize("batch_size", ["auto", "auto:4", "2", 3])
+def test_batch_sizes_of_lm_eval_are_taken(ensemble, batch_size):
+    assert lora(ensemble, batch_size=batch_size, attn_implementation="eager").n_members == 3
+
+
+def test_threads_take_turns(ensemble):
+    """Which adapter is active is a state of the model, and which segments attend one of the process."""
+    model = lora(ensemble)
+    alone = [v.members for v, _ in model.loglikelihood(instances(PAIRS), disable_tqdm=True)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(
+                pool.map(lambda _: model.loglikelihood(instances(PAIRS), disable_tqdm=True), range(12))
+            )
+    finally:
+        sys.setswitchinterval(before)
+    for result in found:
+        np.testing.assert_allclose([v.members for v, _ in result], alone, atol=1e-6)
 
 
 def caching(model, path: Path) -> CachingLM:
@@ -185,6 +226,23 @@ def test_a_cache_belongs_to_one_base_model(ensemble, llama, tmp_path):
     other = shutil.copytree(llama, tmp_path / "other-base")
     with pytest.raises(EnsembleError, match=f"base model differ: {llama} there, {other} now"):
         caching(lora(ensemble, pretrained=str(other), allow_base_mismatch=True), tmp_path / "cache.db")
+
+
+def test_a_cache_belongs_to_the_base_models_weights(ensemble, llama, tmp_path):
+    base = shutil.copytree(llama, tmp_path / "base")
+    known = {"pretrained": str(base), "allow_base_mismatch": True}
+    first = caching(lora(ensemble, **known), tmp_path / "cache.db")
+    older = {name: value for name, value in first.dbdict[OWNER_KEY].items() if name != "base weights"}
+    first.dbdict.close()
+    weights = load_file(base / "model.safetensors")
+    save_file(
+        {name: 0.9 * tensor for name, tensor in weights.items()}, base / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(EnsembleError, match="base weights differ"):
+        caching(lora(ensemble, **known), tmp_path / "cache.db")
+    with SqliteDict(str(tmp_path / "cache.db"), autocommit=True) as cache:
+        cache[OWNER_KEY] = older  # an earlier release did not know them
+    caching(lora(ensemble, **known), tmp_path / "cache.db").dbdict.close()
 
 
 def test_a_cache_knows_how_its_requests_were_encoded(ensemble, tmp_path):

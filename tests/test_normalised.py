@@ -283,6 +283,26 @@ def test_a_task_without_a_scale_has_one_again_under_another(run, tmp_path):
     assert again.skipped == both.skipped
 
 
+def test_each_of_two_models_keeps_its_own_scale_and_switch(model, ensemble, folder, tmp_path):
+    def of(lm, **kwargs):
+        return evaluate(lm, ["long_b"], folder, bootstrap_iters=0, **kwargs)["results"]["long_b"]
+
+    crossfitted = of(model)
+    silent = LoraEnsembleLM(adapters=str(ensemble), device="cpu", uncertainty_metrics=False)
+    scaled = LoraEnsembleLM(adapters=str(ensemble), device="cpu", members=2)
+    scaled._scale = 7.0  # as temperature=validation sets it
+    assert "nll_norm,none" not in of(silent)
+    assert of(scaled)["temperature_norm,none"] == pytest.approx(7)
+    again = of(model)
+    assert again["nll_norm,none"] == crossfitted["nll_norm,none"]
+    assert again["temperature_norm,none"] == crossfitted["temperature_norm,none"]
+    # a run whose answers all come from the cache asks the model for none
+    cache = str(tmp_path / "cache")
+    of(model, use_cache=cache)
+    of(silent)
+    assert of(model, use_cache=cache)["temperature_norm,none"] == crossfitted["temperature_norm,none"]
+
+
 def test_four_documents_are_a_stated_nan(model, folder, caplog):
     row = evaluate(model, ["long_a"], folder, limit=4, bootstrap_iters=0)["results"]["long_a"]
     assert all(np.isnan(row[f"{name}_norm,none"]) for name in (*TWINS, *ASKED, "temperature"))

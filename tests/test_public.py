@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import doctest
+import pickle
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from test_model import PAIRS, instances
 
 import lm_eval_lora_ensemble
 from lm_eval_lora_ensemble import load_ensemble
+from lm_eval_lora_ensemble.errors import EnsembleError
 
 RELEASE = Path(__file__).parent / "data" / "release_0_1_0"
 CALLABLES = ("load_runs", "evaluate", "compare", "load_ensemble", "draw")
@@ -115,3 +118,13 @@ def test_nothing_asked_is_nothing_answered_and_a_wrong_length_is_an_error(ensemb
     assert loaded.loglikelihoods([], []).shape == (1, 0)
     with pytest.raises(ValueError, match="zip"):
         loaded.loglikelihoods(["a"], [])
+
+
+def test_paths_are_taken_and_nothing_to_score_is_named(llama, ensemble):
+    loaded = load_ensemble(Path(llama), Path(ensemble), device="cpu")
+    for contexts in (["a"], [""]):
+        with pytest.raises(EnsembleError, match=r"continuations\[0\] is empty"):
+            loaded.loglikelihoods(contexts, [""])
+    for give_away in (pickle.dumps, copy.copy):
+        with pytest.raises(TypeError, match="a loaded ensemble cannot be pickled"):
+            give_away(loaded)

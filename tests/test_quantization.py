@@ -15,6 +15,7 @@ from test_model import PAIRS, hf, instances, lora
 
 from lm_eval_lora_ensemble.ensemble import quantization
 from lm_eval_lora_ensemble.errors import EnsembleError
+from lm_eval_lora_ensemble.harness.cache import identity_of
 from lm_eval_lora_ensemble.train import base as training
 
 pytest.importorskip("bitsandbytes")
@@ -131,11 +132,11 @@ def test_off_is_off(members):
     plain = lora(members)
     off = lora(members, load_in_4bit=False, load_in_8bit=False, bnb_4bit_use_double_quant=False)
     np.testing.assert_array_equal(scores(off), scores(plain))
-    assert off._identity() == plain._identity()
+    assert identity_of(off) == identity_of(plain)
 
 
 def test_a_cache_of_dense_scores_is_not_a_quantised_runs(members):
-    assert lora(members)._identity() != lora(members, load_in_4bit=True)._identity()
+    assert identity_of(lora(members)) != identity_of(lora(members, load_in_4bit=True))
 
 
 @pytest.mark.parametrize(

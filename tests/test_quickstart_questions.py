@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from lm_eval_lora_ensemble import cli
 from lm_eval_lora_ensemble.quickstart import questions
 from lm_eval_lora_ensemble.quickstart.facts import CONTINENTS, COUNTRIES, INVENTED_PLACES
 
@@ -128,3 +129,13 @@ def test_questions_are_the_same_everywhere(countries, invented):
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
     assert {"countries": digest(countries), "invented": digest(invented)} == SHA256
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
+    (tmp_path / "task.yaml").write_text("task: mine")
+    assert cli.main(["quickstart", "--output", str(tmp_path)]) == 2
+    assert "holds task.yaml, which no quickstart wrote" in capsys.readouterr().err
+    assert cli.main(["quickstart", "--output", str(tmp_path / "task.yaml")]) == 2
+    assert cli.main(["quickstart", "--output", str(tmp_path / "q"), "--members", "0"]) == 2
+    assert "members is 0" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["task.yaml"]

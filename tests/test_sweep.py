@@ -153,6 +153,8 @@ def test_ctrl_c_says_that_the_same_command_goes_on_and_it_does(trained, tmp_path
         (["--epochs", "3"], "no epoch 3"),
         (["--epochs", "2..1"], "give epochs as"),
         (["--epochs", "x"], "give epochs as"),
+        (["--epochs", "0..1000000000"], "none above 100,000"),
+        (["--limit", "0"], "--limit 0: give a number above 0"),
         (["--ood", "plain_a"], "both in --tasks and in --ood"),
         (["--tasks", "nonsense", "--epochs", "0"], "no task nonsense"),
     ],
@@ -172,6 +174,12 @@ def test_a_model_that_cannot_be_loaded_leaves_nothing_behind(trained, tasks, tmp
 def test_a_folder_that_is_not_there_is_named(tmp_path, tasks, capsys):
     assert sweep(tmp_path / "nowhere", tasks, tmp_path / "out") == 2
     assert "no ensemble folder" in capsys.readouterr().err
+
+
+def test_a_file_is_no_output(trained, tasks, tmp_path, capsys):
+    (tmp_path / "out").write_text("mine")
+    assert sweep(trained, tasks, tmp_path / "out", "--epochs", "0") == 2
+    assert "out is a file; name a folder" in capsys.readouterr().err
 
 
 def test_epochs_are_read():

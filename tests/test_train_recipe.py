@@ -93,12 +93,17 @@ def test_overrides_win_and_read_as_yaml(tmp_path):
         ({"choice_scores": "bytes"}, "choice_scores is 'bytes', it must be one of sum, chars"),
         (
             {"choice_temperature": 0, "objective": "choices"},
-            "choice_temperature is 0, it must be a number, more",
+            "choice_temperature is 0, it must be a number of at least 1e-06",
         ),
         ({"choice_scores": "chars"}, "choice_scores is for objective=choices, not for answer"),
         ({"choice_temperature": 2}, "choice_temperature is for objective=choices, not for answer"),
         ({"members": 0}, "members is 0, it must be a whole number of at least 1"),
         ({"members": 2.5}, "members is 2.5, it must be a whole number"),
+        (
+            {"members": 1e9},
+            "members is 1000000000.0, it must be a whole number of at least 1 and at most 1000",
+        ),
+        ({"swa_start": 1.0, "keep_snapshots": 2}, "swa_start is 1.0, it must be a share of the run below 1"),
         ({"members": True}, "members is True"),
         ({"dropout": 1}, "dropout is 1, it must be a number, at least 0 and below 1"),
         ({"learning_rate": "fast"}, "learning_rate is 'fast', it must be a number, more than 0"),

@@ -208,6 +208,13 @@ def test_a_foreign_folder_is_refused(folder, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_a_file_is_no_output(folder, tmp_path):
+    (tmp_path / "e").write_text("mine")
+    with pytest.raises(EnsembleError, match=r"/e is a file; name a folder"):
+        train_members(make_recipe(folder, output=str(tmp_path / "e"), **SETTING))
+    assert (tmp_path / "e").read_text() == "mine"
+
+
 def test_a_second_process_is_refused(folder, tmp_path):
     recipe = make_recipe(folder, output=str(tmp_path / "e"))
     (tmp_path / "e" / ".training").mkdir(parents=True)

@@ -62,6 +62,8 @@ class EnsembleFolder(EnsembleWriter):
 
     def check_recipe(self) -> None:
         """Refuse a folder that another recipe wrote, that another release began, or that something else fills."""
+        if self.path.exists() and not self.path.is_dir():
+            raise EnsembleError(f"output={self.path} is a file; name a folder")
         self._check_release()
         path = self.path / recipes.FILE_NAME
         if not path.is_file():

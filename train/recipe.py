@@ -18,6 +18,7 @@ from lm_eval_lora_ensemble.errors import EnsembleError, nearest
 from lm_eval_lora_ensemble.train.recipe_checks import check_together
 from lm_eval_lora_ensemble.train.recipe_keys import (
     Rule,
+    at_least,
     choice,
     commit,
     course,
@@ -78,11 +79,11 @@ class Recipe:
         "characters, as acc_norm does.",
     )
     choice_temperature: float = key(
-        1.0, positive(), "The fixed τ that the softmax of choices divides its scores by."
+        1.0, at_least(1e-6), "The fixed τ that the softmax of choices divides its scores by."
     )
     output: str = key("./ensemble", text(), "Folder the ensemble is written to.", operational=True)
 
-    members: int = key(5, integer(1), "Number of members, each one adapter.", section="The ensemble")
+    members: int = key(5, integer(1, 1000), "Number of members, each one adapter.", section="The ensemble")
     seed: int = key(0, integer(0), "Member i has seed + i: initial weights, order of the documents, dropout.")
     initial_adapters: tuple[str, ...] = key(
         (),

@@ -38,19 +38,30 @@ def key(default: Any, rule: Rule, meaning: str, *, section: str = "", operationa
     return field(default=MISSING if default is ... else default, metadata=metadata)
 
 
-def integer(least: int) -> Rule:
-    """A whole number, at least ``least``."""
+def integer(least: int, most: int | None = None) -> Rule:
+    """A whole number, at least ``least`` and at most ``most``."""
 
     def convert(value: Any) -> int:
         _ensure(not isinstance(value, bool) and float(value) == int(float(value)) >= least)
+        _ensure(most is None or int(float(value)) <= most)
         return int(float(value))
 
-    return Rule(f"a whole number of at least {least}", convert, type="integer", minimum=least)
+    expectation = f"a whole number of at least {least}"
+    if most is None:
+        return Rule(expectation, convert, type="integer", minimum=least)
+    return Rule(f"{expectation} and at most {most}", convert, type="integer", minimum=least, maximum=most)
 
 
 def positive() -> Rule:
     """A real number above 0."""
     return Rule("a number, more than 0", _number(lambda x: x > 0), type="number", exclusiveMinimum=0)
+
+
+def at_least(least: float) -> Rule:
+    """A real number, ``least`` or more."""
+    return Rule(
+        f"a number of at least {least:g}", _number(lambda x: x >= least), type="number", minimum=least
+    )
 
 
 def nonnegative() -> Rule:
@@ -87,6 +98,8 @@ def course() -> Rule:
 
     def convert(value: Any) -> float:
         number = share if not isinstance(value, bool) and float(value) < 1 else steps
+        # 1.0 is neither a share below 1 nor a number of steps that somebody wrote
+        _ensure(number is share or not isinstance(value, float))
         return number.convert(value)
 
     return Rule(

@@ -78,6 +78,8 @@ def run(arguments: argparse.Namespace) -> int:
     """
     if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
         raise EnsembleError(f"--json {arguments.json}: the folder does not exist; create it first")
+    if arguments.json is not None and arguments.json.is_dir():
+        raise EnsembleError(f"--json {arguments.json} is a folder; name a file")
     settings = settings_of(arguments)
     runs = under(read_runs(arguments), asked_distribution(arguments))
     _check_names(runs, [*arguments.ood, *([arguments.calibrate] if arguments.calibrate else [])])

@@ -19,6 +19,7 @@ from lm_eval_lora_ensemble.analysis.result import (
 )
 from lm_eval_lora_ensemble.analysis.run import NothingToAnalyseError, Run
 from lm_eval_lora_ensemble.analysis.strings import evaluate_strings
+from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.metrics.arrays import FloatArray
 from lm_eval_lora_ensemble.metrics.battery import Battery
 from lm_eval_lora_ensemble.metrics.bootstrap import (
@@ -71,6 +72,8 @@ def evaluate(
         0.98
     """
     chosen = settings or Settings()
+    if isinstance(ood, str):
+        raise EnsembleError(f"ood={ood!r}: give a list of names, [{ood!r}]")
     of_choices = [name for name in ood if name not in run.answers]
     for name in of_choices:
         run.scored_leaves(name)  # raises before the work, not after

@@ -13,6 +13,7 @@ import numpy as np
 
 from lm_eval_lora_ensemble.analysis.answers import AnswerResult
 from lm_eval_lora_ensemble.analysis.strings import StringResult
+from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.metrics.bootstrap import Estimate, ResamplingPlan
 from lm_eval_lora_ensemble.metrics.calibration import DEFAULT_BINS, ReliabilityBin
 from lm_eval_lora_ensemble.metrics.detection import Detection
@@ -31,6 +32,9 @@ class Settings:
         seed: of resampling and splitting.
         level: two-sided coverage of the intervals.
         alpha: error rate of the conformal sets.
+
+    Raises:
+        EnsembleError: a seed below 0.
     """
 
     bins: int = DEFAULT_BINS
@@ -38,6 +42,10 @@ class Settings:
     seed: int = 0
     level: float = 0.95
     alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:  # a task's plan adds its name's checksum, so that it would not see it
+            raise EnsembleError(f"seed is {self.seed}; a whole number of at least 0 is needed")
 
     def plan(self, name: str, predictions: Predictions, *, resamples: int | None = None) -> ResamplingPlan:
         """Return how a task's documents, or a group's tasks, are resampled; names draw independently of each other."""

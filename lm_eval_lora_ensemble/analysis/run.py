@@ -61,6 +61,11 @@ class Run:
     task_configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     protocols: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        """Name the run; its arrays would fill a notebook."""
+        scored = [*self.tasks, *self.strings, *self.answers]
+        return f"Run({self.source!r}, {self.date!r}, tasks={scored}, groups={list(self.groups)})"
+
     def under(self, distribution: Distribution) -> Run:
         """Return the same run with its tasks judged by another distribution; what has none is in ``skipped``.
 

@@ -164,6 +164,8 @@ def find_sources(
             "`lora-ensemble train RECIPE.yaml` or name one with --model_args adapters=FOLDER"
         )
     folder = Path(str(at_hand(given, epoch=epoch, everything=everything))).expanduser().resolve()
+    if (folder / manifest.FILE_NAME).is_dir():
+        raise EnsembleError(f"{folder / manifest.FILE_NAME} is a folder; a manifest is a file")
     if (folder / manifest.FILE_NAME).is_file():
         return _listed(folder)
     if (folder / CONFIG).is_file():
@@ -207,7 +209,9 @@ def _children(folder: Path) -> list[Source]:
             f"{folder} holds draws that are not finished; run the same `lora-ensemble draw` again, which goes on "
             "from there, or name the adapter folders to use"
         )
-    children = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    children = sorted(
+        path for path in folder.iterdir() if _may_be_a_folder(path) and not path.name.startswith(".")
+    )
     if not any((child / CONFIG).is_file() for child in children):
         raise EnsembleError(
             f"no adapters in {folder}: neither {manifest.FILE_NAME} nor a sub-folder with {CONFIG}; "
@@ -226,6 +230,11 @@ def _children(folder: Path) -> list[Source]:
         Source(child.name, folder, root, _kept_in(folder, root, "epoch"), _kept_in(folder, root, "step"))
         for child, folder in ((child, inside(child, root)) for child in children)
     ]
+
+
+def _may_be_a_folder(path: Path) -> bool:
+    """Whether a path is a folder, or a link to what is not there: that may have been a member's."""
+    return path.is_dir() or (path.is_symlink() and not path.exists())
 
 
 def _named_by_manifest(folder: Path, relative: str) -> Path:

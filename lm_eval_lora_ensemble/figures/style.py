@@ -168,14 +168,14 @@ def say_instead(ax: Axes, text: str) -> None:
 
 
 @styled
-def save(drawn: Axes | Figure, path: Path) -> tuple[Path, Path]:
+def save(drawn: Axes | Figure, path: Path | str) -> tuple[Path, Path]:
     """Write ``path`` + ``.svg`` and ``path`` + ``.png``.
 
     The files hold no date and no version: equal numbers and one release of matplotlib give equal bytes.
 
     Args:
         drawn: a figure, or any Axes of it.
-        path: without suffix; a dot in the name is part of the name.
+        path: without suffix, or with one of these two; another dot in the name is part of the name.
 
     Returns:
         The two files.
@@ -192,7 +192,9 @@ def save(drawn: Axes | Figure, path: Path) -> tuple[Path, Path]:
         ['reliability.svg', 'reliability.png']
     """
     figure = drawn if isinstance(drawn, Figure) else drawn.figure.canvas.figure  # of a subfigure: the whole
-    svg, png = path.with_name(f"{path.name}.svg"), path.with_name(f"{path.name}.png")
+    place = Path(path)
+    stem = place.name.removesuffix(".svg").removesuffix(".png")
+    svg, png = place.with_name(f"{stem}.svg"), place.with_name(f"{stem}.png")
     figure.savefig(svg, format="svg", dpi=_SVG_DPI, metadata={"Date": None, "Creator": None})
     figure.savefig(png, format="png", metadata={"Software": None})
     return svg, png

@@ -8,8 +8,10 @@ import pickle
 import sqlite3
 import threading
 from collections.abc import MutableMapping
+from pathlib import Path
 from typing import Any
 
+from lm_eval_lora_ensemble.disk import sampled_digest
 from lm_eval_lora_ensemble.errors import EnsembleError
 
 # lm-eval's own keys are hexadecimal sha256 digests, so this can be none of them
@@ -32,6 +34,38 @@ AFFECTING = (
 """Arguments of lm-eval's model that scores or texts depend on; a cache says only those that were given."""
 
 
+def identity_of(model: Any) -> dict[str, Any]:
+    """Return what a score of a ``LoraEnsembleLM`` depends on besides the request."""
+    ensemble, average = model.ensemble, model.generation_average
+    return {
+        "base model": ensemble.base_model,
+        "revision": model.revision,
+        "base weights": _base_weights(model),
+        "epoch": ensemble.epoch,
+        "members": [member.sha256 for member in ensemble.members],
+        "average": model.average,
+        "dtype": str(model.model.dtype),
+        "quantization": {name: str(value) for name, value in model.quantization.items()} or None,
+        "max_length": model.max_length,
+        **model.encoding,
+        # caches of release 0.1 know no other
+        **({} if average == "posterior" else {"generation_average": average}),
+    }
+
+
+def _base_weights(model: Any) -> str | None:
+    """Return what tells the base model's weights from others under its name: of a folder, a digest of its files."""
+    place = Path(model.ensemble.base_model).expanduser()
+    if place.is_dir():
+        return sampled_digest(place)
+    commit: str | None = getattr(model.model.config, "_commit_hash", None)
+    return commit
+
+
+_NEWER = frozenset({"base weights"})
+"""What caches of earlier releases do not know of their scores, and are believed in."""
+
+
 def claim_cache(cache: MutableMapping[str, Any], identity: dict[str, Any]) -> None:
     """Make an empty cache ours, or check that a used one is.
 
@@ -50,6 +84,7 @@ def claim_cache(cache: MutableMapping[str, Any], identity: dict[str, Any]) -> No
         cache[OWNER_KEY] = identity
         return
     owner = cache[OWNER_KEY]
+    identity = {name: value for name, value in identity.items() if name in owner or name not in _NEWER}
     differing = [name for name in {**identity, **owner} if owner.get(name) != identity.get(name)]
     if differing:
         now, then = identity.get(differing[0]), owner.get(differing[0])

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from lm_eval.api.instance import Instance
 
+from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.harness.arguments import DEVICE
 from lm_eval_lora_ensemble.harness.model import LoraEnsembleLM
 
@@ -29,6 +30,10 @@ class LoadedEnsemble:
         """The members' names, in the order of the first axis of every result; empty for the base model alone."""
         return tuple(member.name for member in self.model.ensemble.members)
 
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        """Refuse to be pickled, or copied: the base model is too large to go by value."""
+        raise TypeError("a loaded ensemble cannot be pickled; call load_ensemble where it is needed")
+
     def loglikelihoods(
         self, contexts: Sequence[str], continuations: Sequence[str]
     ) -> npt.NDArray[np.float64]:
@@ -46,7 +51,7 @@ class LoadedEnsemble:
 
         Raises:
             ValueError: not as many continuations as contexts.
-            EnsembleError: a member's score is NaN or infinite.
+            EnsembleError: an empty continuation, or a member's score that is NaN or infinite.
 
         Example:
             >>> from lm_eval_lora_ensemble import load_ensemble
@@ -56,6 +61,9 @@ class LoadedEnsemble:
             (2, 3)
         """
         pairs = list(zip(contexts, continuations, strict=True))
+        empty = next((i for i, (_, continuation) in enumerate(pairs) if not continuation), None)
+        if empty is not None:
+            raise EnsembleError(f"continuations[{empty}] is empty; there is nothing to score")
         requests = [
             Instance("loglikelihood", doc={}, arguments=pair, idx=0, metadata=("loglikelihoods", i, 1))
             for i, pair in enumerate(pairs)
@@ -66,7 +74,9 @@ class LoadedEnsemble:
 
 
 def load_ensemble(
-    base: str | None = None, adapters: str | Path | Sequence[str | Path] | None = None, **model_args: Any
+    base: str | Path | None = None,
+    adapters: str | Path | Sequence[str | Path] | None = None,
+    **model_args: Any,
 ) -> LoadedEnsemble:
     """Load a base model and its members, checked as data first.
 
@@ -87,7 +97,8 @@ def load_ensemble(
     """
     chosen = adapters if adapters is None or isinstance(adapters, str) else _as_text(adapters)
     model_args.setdefault("device", DEVICE)
-    return LoadedEnsemble(LoraEnsembleLM(pretrained=base, adapters=chosen, **model_args))
+    pretrained = str(base) if isinstance(base, Path) else base
+    return LoadedEnsemble(LoraEnsembleLM(pretrained=pretrained, adapters=chosen, **model_args))
 
 
 def _as_text(adapters: Path | Sequence[str | Path]) -> str | list[str]:

@@ -9,7 +9,9 @@ require_lm_eval()
 
 import functools
 import logging
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,18 +26,23 @@ from lm_eval_lora_ensemble.ensemble.members import DEFAULT_FOLDER, Ensemble, fin
 from lm_eval_lora_ensemble.ensemble.quantization import quantization_config, take_arguments
 from lm_eval_lora_ensemble.ensemble.tokenizer import check_tokenizers
 from lm_eval_lora_ensemble.errors import EnsembleError, shorten_errors_of_command
-from lm_eval_lora_ensemble.generation.mixture import GENERATION_AVERAGES, GenerationAverage
-from lm_eval_lora_ensemble.harness.cache import AFFECTING, claim_cache, read_older_scores, saved_scores
+from lm_eval_lora_ensemble.generation.mixture import GenerationAverage
+from lm_eval_lora_ensemble.harness.cache import (
+    AFFECTING,
+    claim_cache,
+    identity_of,
+    read_older_scores,
+    saved_scores,
+)
 from lm_eval_lora_ensemble.harness.generation import TextGenerator
+from lm_eval_lora_ensemble.harness.model_arguments import check_arguments
 from lm_eval_lora_ensemble.harness.provenance import (
     calibration_in_use,
-    device_name,
+    in_results,
     manifest_at,
-    member_in_results,
     method_of,
     recipe_of,
     scale_in_use,
-    versions,
 )
 from lm_eval_lora_ensemble.harness.saving import save_runs_whole
 from lm_eval_lora_ensemble.harness.tasks import extend_tasks
@@ -43,7 +50,7 @@ from lm_eval_lora_ensemble.precision import has_fast_bfloat16
 from lm_eval_lora_ensemble.scoring.choice import PackedModels
 from lm_eval_lora_ensemble.scoring.finite import NonFiniteScoreError, refuse_nonfinite_score
 from lm_eval_lora_ensemble.scoring.forward import PackedModel
-from lm_eval_lora_ensemble.scoring.loglikelihood import AVERAGES, Average, EnsembleLoglikelihood, Score
+from lm_eval_lora_ensemble.scoring.loglikelihood import Average, EnsembleLoglikelihood, Score
 from lm_eval_lora_ensemble.scoring.packed import PackedScorer, Work
 from lm_eval_lora_ensemble.scoring.plain import Batch, score_plain
 from lm_eval_lora_ensemble.tree.requests import TokenRequest, truncate
@@ -59,6 +66,8 @@ MIN_TOKENS = 1024
 
 # whose lengths are remembered: choices of one document come one after another
 _CONTEXTS = 4
+
+_ONE_AT_A_TIME = threading.RLock()
 
 logger = logging.getLogger(__name__)
 
@@ -102,20 +111,16 @@ class LoraEnsembleLM(HFLM):
         **kwargs: Any,
     ) -> None:
         shorten_errors_of_command(self._saved)
-        for refused in ("peft", "delta"):
-            if kwargs.get(refused):
-                raise EnsembleError(
-                    f"{refused}= does not go with lora-ensemble; name adapters with adapters="
-                )
-        if average not in AVERAGES:
-            raise EnsembleError(f"average={average}: use one of {', '.join(AVERAGES)}")
-        if generation_average not in GENERATION_AVERAGES:
-            raise EnsembleError(
-                f"generation_average={generation_average}: use one of {', '.join(GENERATION_AVERAGES)}"
-            )
-        for name, value in (("members", members), ("epoch", epoch)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-                raise EnsembleError(f"{name}={value}: give a whole number")
+        own = {
+            "members": members,
+            "epoch": epoch,
+            "average": average,
+            "generation_average": generation_average,
+            "uncertainty_metrics": uncertainty_metrics,
+            "temperature": temperature,
+            "allow_base_mismatch": allow_base_mismatch,
+        }
+        check_arguments(own, kwargs)
         # once: what is read of the manifest below has to be of the commit that the members are of
         place = at_hand(adapters, epoch=epoch)
         self.ensemble: Ensemble = find_ensemble(
@@ -131,10 +136,11 @@ class LoraEnsembleLM(HFLM):
         listed = manifest_at(DEFAULT_FOLDER if place is None else place)
         self.recipe, self.method = recipe_of(listed), method_of(listed)
         self.calibration = listed.calibration if listed else None
-        scale = scale_in_use(temperature, calibration_in_use(self.calibration, self.ensemble))
+        self._uncertainty_metrics = uncertainty_metrics
+        self._scale = scale_in_use(temperature, calibration_in_use(self.calibration, self.ensemble))
         self.work = Work()
         self._context_lengths: dict[str, int] = {}
-        self._encoding = {name: str(kwargs[name]) for name in AFFECTING if kwargs.get(name) is not None}
+        self.encoding = {name: str(kwargs[name]) for name in AFFECTING if kwargs.get(name) is not None}
         self._used: PackedModel | None = None
         if "revision" not in kwargs and self.ensemble.revision:
             kwargs["revision"] = self.ensemble.revision
@@ -151,8 +157,19 @@ class LoraEnsembleLM(HFLM):
                 logger.warning(
                     "%s is the same adapter as %s: it adds nothing but weight to that one", name, original
                 )
-        extend_tasks(enabled=bool(uncertainty_metrics), scale=scale)
+        self._judge()
         save_runs_whole()
+
+    def _judge(self) -> None:
+        """Let tasks judge results as this model asks: another one may have answered since."""
+        extend_tasks(enabled=self._uncertainty_metrics, scale=self._scale)
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        """Answer alone: which adapter is active, and attention's segments, are the process's state, not a call's."""
+        with _ONE_AT_A_TIME:
+            self._judge()
+            yield
 
     def _share_documents(self, *, alike: bool) -> None:
         """Take this process's number among all, which lm-eval takes among its node's, and on a CPU not at all."""
@@ -171,9 +188,9 @@ class LoraEnsembleLM(HFLM):
         Raises:
             EnsembleError: bitsandbytes' arguments cannot be followed.
         """
-        self._quantization = take_arguments(kwargs)
+        self.quantization = take_arguments(kwargs)
         kwargs["quantization_config"] = quantization_config(
-            self._quantization, kwargs.get("quantization_config")
+            self.quantization, kwargs.get("quantization_config")
         )
         super()._create_model(*args, **kwargs)
         self._attach_members()
@@ -230,35 +247,16 @@ class LoraEnsembleLM(HFLM):
         Raises:
             EnsembleError: the cache holds scores of another model; it is left as it is.
         """
+        self._judge()  # a run whose answers are all in the cache asks for no other
         if cache_hook.dbdict is not None:
             read_older_scores(cache_hook.dbdict)
-            claim_cache(cache_hook.dbdict, self._identity())
+            claim_cache(cache_hook.dbdict, identity_of(self))
         super().set_cache_hook(cache_hook)
 
     def _saved(self) -> str:
         """Say what of the run is saved, should it be stopped now."""
         hook = getattr(self, "cache_hook", None)
         return saved_scores(getattr(hook, "dbdict", None))
-
-    def _identity(self) -> dict[str, Any]:
-        """What a score depends on besides the request."""
-        return {
-            "base model": self.ensemble.base_model,
-            "revision": self.revision,
-            "epoch": self.ensemble.epoch,
-            "members": [member.sha256 for member in self.ensemble.members],
-            "average": self.average,
-            "dtype": str(self.model.dtype),
-            "quantization": {name: str(value) for name, value in self._quantization.items()} or None,
-            "max_length": self.max_length,
-            **self._encoding,
-            # caches of release 0.1 know no other
-            **(
-                {}
-                if self.generation_average == "posterior"
-                else {"generation_average": self.generation_average}
-            ),
-        }
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -273,7 +271,8 @@ class LoraEnsembleLM(HFLM):
             NonFiniteScoreError: a member's score is NaN or infinite.
         """
         try:
-            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+            with self._answering():
+                return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
         except NonFiniteScoreError as error:
             # lm-eval encodes the requests in their order, one to one
             raise error.of(requests[error.index]) from None
@@ -304,7 +303,8 @@ class LoraEnsembleLM(HFLM):
             windows.extend(mine)
             counts.append(len(mine))
         try:
-            scores = iter(self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm))
+            with self._answering():
+                scores = iter(self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm))
         except NonFiniteScoreError as error:
             owners = [request for request, count in zip(requests, counts, strict=True) for _ in range(count)]
             raise error.of(owners[error.index]) from None
@@ -330,7 +330,8 @@ class LoraEnsembleLM(HFLM):
             NonFiniteScoreError: a member's logits are NaN or infinite.
         """
         if self.backend == "causal":
-            return TextGenerator(self).generate(requests, disable_tqdm=disable_tqdm)
+            with self._answering():
+                return TextGenerator(self).generate(requests, disable_tqdm=disable_tqdm)
         if self.n_members > 1:
             raise EnsembleError(
                 f"{self.ensemble.base_model} is an encoder–decoder, from which one member alone can generate; "
@@ -474,21 +475,5 @@ class LoraEnsembleLM(HFLM):
         """Add what made the scores to what lm-eval writes into its results file."""
         info: dict[str, Any] = super().get_model_info()
         info.pop("peft_sha", None)  # of the first member only, and asked of the Hub
-        info["lora_ensemble"] = {
-            "base_model": self.ensemble.base_model,
-            "revision": self.ensemble.revision,
-            "epoch": self.ensemble.epoch,
-            "average": self.average,
-            "generation_average": self.generation_average,
-            "fingerprint": self.ensemble.fingerprint,
-            "members": [member_in_results(member) for member in self.ensemble.members],
-            "recipe": self.recipe,
-            "method": self.method,
-            "calibration": calibration_in_use(self.calibration, self.ensemble),
-            # lm-eval's own `device` is what was asked for
-            "device": device_name(self.device),
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "engine": self._engine(),
-            "versions": versions(),
-        }
+        info["lora_ensemble"] = in_results(self, self._engine())
         return info

@@ -103,3 +103,30 @@ def recipe_of(listed: Manifest | None) -> dict[str, Any] | None:
     """Return the recipe in a manifest, but for where it was written; None without one."""
     recipe = listed.recipe if listed else {}
     return {key: value for key, value in recipe.items() if key != "output"} or None
+
+
+def in_results(model: Any, engine: dict[str, Any] | None) -> dict[str, Any]:
+    """Return what a results file says of a ``LoraEnsembleLM``: all that made its scores.
+
+    Args:
+        model: a ``LoraEnsembleLM``.
+        engine: how requests were scored last.
+    """
+    ensemble = model.ensemble
+    return {
+        "base_model": ensemble.base_model,
+        "revision": ensemble.revision,
+        "epoch": ensemble.epoch,
+        "average": model.average,
+        "generation_average": model.generation_average,
+        "fingerprint": ensemble.fingerprint,
+        "members": [member_in_results(member) for member in ensemble.members],
+        "recipe": model.recipe,
+        "method": model.method,
+        "calibration": calibration_in_use(model.calibration, ensemble),
+        # lm-eval's own `device` is what was asked for
+        "device": device_name(model.device),
+        "dtype": str(model.model.dtype).removeprefix("torch."),
+        "engine": engine,
+        "versions": versions(),
+    }

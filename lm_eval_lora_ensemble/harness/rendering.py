@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from lm_eval_lora_ensemble.errors import EnsembleError, first_line, nearest
@@ -41,6 +42,10 @@ def load_tasks(names: Sequence[str], include_path: str | None = None) -> dict[st
     Raises:
         EnsembleError: lm-eval knows no such task, or it cannot be loaded.
     """
+    if include_path is not None and not Path(include_path).expanduser().is_dir():
+        raise EnsembleError(f"include_path={include_path}: there is no such folder")
+    if not any(names):
+        raise EnsembleError("no task was named")
     manager = _task_manager(include_path)
     known = set(manager.all_tasks)
     for name in names:
@@ -120,7 +125,15 @@ def _shots_exclude_document(task: Any, split: str) -> Iterator[None]:
 def _render(task: Any, doc_id: int, doc: Any, shots: int) -> RenderedDocument:
     """Build the requests lm-eval would score for ``doc``."""
     name = task.task_name
-    context = task.fewshot_context(doc, num_fewshot=shots, gen_prefix=task.doc_to_prefix(doc))
+    try:
+        context = task.fewshot_context(doc, num_fewshot=shots, gen_prefix=task.doc_to_prefix(doc))
+    except ValueError as error:
+        if shots == 0:
+            raise
+        raise EnsembleError(
+            f"{shots} examples in front of document {doc_id} of {name} cannot be had ({first_line(error)}); give a "
+            "smaller num_fewshot"
+        ) from error
     requests = task.construct_requests(doc=doc, ctx=context, metadata=(name, doc_id, 1))
     answers = task.doc_to_choice(doc)
     try:

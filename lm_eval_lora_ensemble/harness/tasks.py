@@ -35,7 +35,7 @@ def extend_tasks(*, enabled: bool, scale: float | None = None) -> None:
     """Let stock tasks report uncertainty for results that carry members' scores.
 
     Args:
-        enabled: whether the model of the run wants them; asked anew by each ``lora-ensemble`` model.
+        enabled: whether the model that is about to answer wants them.
         scale: T of the length-normalised twins, fitted on a validation split; None cross-fits it on each task.
     """
     _Switch.enabled, _Switch.scale = enabled, scale
@@ -63,7 +63,7 @@ def _before_aggregation(task: Any, raw_metrics: RawMetrics) -> None:
 
 
 class _Switch:
-    """Whether stock tasks report uncertainty for ensemble results, and on which scale; of the latest ensemble."""
+    """Whether stock tasks report uncertainty for ensemble results, and on which scale: what the last to answer asks."""
 
     enabled = False
     scale: float | None = None

@@ -27,12 +27,18 @@ def as_float(values: npt.ArrayLike, name: str, ndim: int | None = None) -> Float
     """Return ``values`` as float64.
 
     Raises:
-        EnsembleError: not numeric, ragged, not of ``ndim`` dimensions, or without a document.
+        EnsembleError: not numeric, ragged, masked, not of ``ndim`` dimensions, or without a document.
     """
+    if np.ma.is_masked(values):
+        raise EnsembleError(f"{name} has masked entries, which would count; take them out first")
     try:
-        array = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise EnsembleError(f"{name} is not a rectangular array of numbers ({error})") from error
+        given = np.asarray(values)
+        if given.dtype.kind not in "biufO":
+            raise TypeError(f"its type is {given.dtype}")
+        array = given.astype(np.float64, copy=False)
+    except (TypeError, ValueError, RuntimeError) as error:
+        hint = "; a tensor: .detach().float() first" if hasattr(values, "requires_grad") else ""
+        raise EnsembleError(f"{name} is not a rectangular array of numbers ({error}){hint}") from error
     if ndim is not None and array.ndim != ndim:
         raise EnsembleError(f"{name} has shape {array.shape}; {ndim} dimensions are needed")
     if array.size == 0:
@@ -67,6 +73,29 @@ def as_probabilities(p: npt.ArrayLike, name: str = "p", ndim: int | None = None)
             "normalise it with choice_probabilities"
         )
     return array
+
+
+def as_counts(counts: npt.ArrayLike | None, documents: int, width: int, *, least: int = 2) -> IntArray:
+    """Return how many choices each document has, (D,); ``width`` everywhere for None.
+
+    Raises:
+        EnsembleError: another shape, no whole numbers, or one below ``least`` or above ``width``.
+    """
+    if counts is None:
+        return np.full(documents, width, dtype=np.int64)
+    array = np.asarray(counts)
+    if array.shape != (documents,) or not np.issubdtype(array.dtype, np.integer):
+        raise EnsembleError(
+            f"counts has shape {array.shape} and type {array.dtype}; "
+            f"one whole number for each of {documents} documents is needed"
+        )
+    outside = (array < least) | (array > width)
+    if outside.any():
+        index = int(np.argmax(outside))
+        raise EnsembleError(
+            f"counts is {array[index]} at document {index}; it lies between {least} and {width}"
+        )
+    return array.astype(np.int64, copy=False)
 
 
 def as_is_gold(gold: npt.ArrayLike, counts: npt.ArrayLike, width: int) -> BoolArray:

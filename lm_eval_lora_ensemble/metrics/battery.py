@@ -11,6 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
+from lm_eval_lora_ensemble.errors import EnsembleError, nearest
 from lm_eval_lora_ensemble.metrics import information
 from lm_eval_lora_ensemble.metrics.arrays import FloatArray
 from lm_eval_lora_ensemble.metrics.calibration import DEFAULT_BINS, BinSums, CalibrationBins
@@ -182,7 +183,7 @@ class Battery:
         metrics: names of those to compute; what only others need, such as ranking, is not done.
 
     Raises:
-        EnsembleError: the gold answers are unknown; from the first call, ``bins`` < 1.
+        EnsembleError: an unknown metric; the gold answers are unknown; from the first call, ``bins`` < 1.
 
     Example:
         >>> import numpy as np
@@ -198,7 +199,12 @@ class Battery:
         bins: int = DEFAULT_BINS,
         metrics: Collection[str] = METRICS,
     ) -> None:
-        wanted = set(metrics)
+        wanted = {metrics} if isinstance(metrics, str) else set(metrics)
+        unknown = sorted(wanted - METRICS.keys())
+        if unknown:
+            near = nearest(unknown[0], METRICS)
+            hint = f"did you mean {near}?" if near else f"there are {', '.join(METRICS)}"
+            raise EnsembleError(f"there is no metric {unknown[0]!r}; {hint}")
         self._names = [name for name in METRICS if name in wanted]
         if any(METRICS[name].needs_gold for name in self._names):
             predictions.require_gold()

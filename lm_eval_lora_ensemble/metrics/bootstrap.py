@@ -103,6 +103,8 @@ class ResamplingPlan:
             raise EnsembleError("there is no document to resample")
         if self.resamples < 2:
             raise EnsembleError(f"resamples is {self.resamples}; at least 2 are needed for an interval")
+        if self.seed < 0:
+            raise EnsembleError(f"seed is {self.seed}; a whole number of at least 0 is needed")
         if not 0 < self.level < 1:
             raise EnsembleError(f"level is {self.level}; a coverage between 0 and 1 is needed")
         labels = np.arange(self.documents) if self.clusters is None else np.asarray(self.clusters)

@@ -7,7 +7,7 @@ resample go through the same lines. Confidence is max_c p̄(c) and correctness i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,8 @@ DEFAULT_BINS = 15
 """The field's most common count (Guo et al. 2017); 10 and 20 occur too, so a value needs its bin count."""
 
 Binning = Literal["width", "mass"]
+MOST_BINS = 100_000
+"""More bins than documents say nothing, and so many would fill the memory."""
 
 
 def _checked(confidence: npt.ArrayLike, correct: npt.ArrayLike) -> tuple[FloatArray, BoolArray]:
@@ -37,10 +39,14 @@ def bin_edges(confidence: FloatArray, bins: int, binning: Binning = "width") -> 
     where that empties a bin, there are fewer bins.
 
     Raises:
-        EnsembleError: fewer than one bin.
+        EnsembleError: no whole number of bins from 1 to ``MOST_BINS``, or an unknown ``binning``.
     """
     if bins < 1:
         raise EnsembleError(f"bins is {bins}; at least one bin is needed")
+    if bins != int(bins) or bins > MOST_BINS:
+        raise EnsembleError(f"bins is {bins}; give a whole number, at most {MOST_BINS:,}")
+    if binning not in get_args(Binning):
+        raise EnsembleError(f"binning is {binning!r}; use one of {', '.join(get_args(Binning))}")
     if binning == "width":
         return np.linspace(0.0, 1.0, bins + 1)
     ranks = np.ceil(np.arange(1, bins) * len(confidence) / bins).astype(int)

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.metrics.arrays import BoolArray, FloatArray, IntArray, StringArray
 from lm_eval_lora_ensemble.metrics.choices import log_choice_probabilities
-from lm_eval_lora_ensemble.metrics.predictions import Predictions, widen
+from lm_eval_lora_ensemble.metrics.predictions import Predictions, some_members, widen
 
 ScoreKind = Literal["sum", "chars", "bytes", "tokens"]
 SCORE_KINDS: tuple[ScoreKind, ...] = get_args(ScoreKind)
@@ -129,8 +129,12 @@ class ChoiceScores:
         return np.where(present, length, 1.0)
 
     def only(self, members: Sequence[int]) -> ChoiceScores:
-        """Return the scores of these members only."""
-        return replace(self, loglikelihoods=self.loglikelihoods[list(members)])
+        """Return the scores of these members only.
+
+        Raises:
+            EnsembleError: none, or one that does not exist.
+        """
+        return replace(self, loglikelihoods=self.loglikelihoods[some_members(members, self.n_members)])
 
     @classmethod
     def of(

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lm_eval_lora_ensemble.errors import EnsembleError
-from lm_eval_lora_ensemble.metrics.arrays import FloatArray, as_is_gold, as_probabilities
+from lm_eval_lora_ensemble.metrics.arrays import FloatArray, as_counts, as_is_gold, as_probabilities
 from lm_eval_lora_ensemble.metrics.calibration import DEFAULT_BINS, BinSums, CalibrationBins
 
 
@@ -34,7 +34,11 @@ class ClasswiseBins:
     ) -> None:
         probabilities = as_probabilities(p, ndim=2)
         d, c = probabilities.shape
-        sizes = np.full(d, c) if counts is None else np.asarray(counts)
+        sizes = as_counts(counts, d, c)
+        beyond = (probabilities * (np.arange(c) >= sizes[:, None])).any(axis=1)
+        if beyond.any():
+            index = int(np.argmax(beyond))
+            raise EnsembleError(f"document {index} has {sizes[index]} choices and probability beyond them")
         is_gold = as_is_gold(gold, sizes, c)
         self._classes = []
         for k in range(int(sizes.max())):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,7 @@ from lm_eval_lora_ensemble.metrics.arrays import (
     FloatArray,
     IntArray,
     StringArray,
+    as_counts,
     as_float,
     as_is_gold,
     first_index,
@@ -126,7 +127,12 @@ class Predictions:
         if scores.ndim != 3:
             raise EnsembleError(f"loglikelihoods has shape {scores.shape}; (N, D, C) is needed")
         _, d, c = scores.shape
-        sizes = np.full(d, c, dtype=np.int64) if counts is None else np.asarray(counts, dtype=np.int64)
+        sizes = as_counts(counts, d, c, least=1 if other_class else 2)
+        labels = np.asarray(subjects, dtype=np.str_)
+        if labels.shape not in ((), (d,)):
+            raise EnsembleError(
+                f"subjects has shape {labels.shape}; one label, or one for each of {d} documents, is needed"
+            )
         if other_class:
             p = with_other_class(scores)
             other, p[..., -1] = p[..., -1].copy(), 0.0
@@ -140,18 +146,19 @@ class Predictions:
             log_probabilities=log_p,
             counts=sizes,
             is_gold=None if gold is None else as_is_gold(gold, sizes, log_p.shape[2]),
-            subjects=np.broadcast_to(np.asarray(subjects, dtype=np.str_), (d,)),
+            subjects=np.broadcast_to(labels, (d,)),
             documents=np.asarray(np.arange(d) if documents is None else documents).astype(np.str_),
             missing_gold=missing_gold if gold is None else "",
         )
 
     @classmethod
-    def concatenate(cls, parts: Sequence[Predictions]) -> Predictions:
+    def concatenate(cls, parts: Iterable[Predictions]) -> Predictions:
         """Pool the documents of several tasks scored by the same members.
 
         Raises:
             EnsembleError: nothing to pool, or different numbers of members.
         """
+        parts = list(parts)
         if not parts:
             raise EnsembleError("there is no task to pool")
         sizes = sorted({part.n_members for part in parts})
@@ -269,9 +276,7 @@ class Predictions:
         Raises:
             EnsembleError: none, or one that does not exist.
         """
-        if not members or not all(0 <= m < self.n_members for m in members):
-            raise EnsembleError(f"members {list(members)} asked for; there are 0 to {self.n_members - 1}")
-        return self.with_log_probabilities(self.log_probabilities[list(members)])
+        return self.with_log_probabilities(self.log_probabilities[some_members(members, self.n_members)])
 
     def member(self, index: int) -> Predictions:
         """Return one member as its own run would have it: on its own scale, where that is another.
@@ -295,8 +300,13 @@ class Predictions:
         """Return a selection of the documents, by index or by mask.
 
         It has the columns that these documents need, so that it is the same whatever it was selected from.
+
+        Raises:
+            EnsembleError: nothing was selected.
         """
         index = np.asarray(documents)
+        if not index.size:
+            raise EnsembleError("no document was selected")
         counts = self.counts[index]
         width = counts.max(initial=2)
         return Predictions(
@@ -308,6 +318,18 @@ class Predictions:
             self.missing_gold,
             None if self.alone is None else self.alone[:, index, :width],
         )
+
+
+def some_members(members: Sequence[int], n_members: int) -> list[int]:
+    """Return a choice of members as it was asked for.
+
+    Raises:
+        EnsembleError: none, or one that does not exist.
+    """
+    chosen = [int(m) for m in members]
+    if not chosen or not all(0 <= m < n_members for m in chosen):
+        raise EnsembleError(f"members {chosen} asked for; there are 0 to {n_members - 1}")
+    return chosen
 
 
 def widen(array: Any, width: int, fill: float = 0) -> Any:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from scipy import optimize, special
 
 from lm_eval_lora_ensemble.errors import EnsembleError
-from lm_eval_lora_ensemble.metrics.arrays import BoolArray, FloatArray, as_is_gold
+from lm_eval_lora_ensemble.metrics.arrays import BoolArray, FloatArray, as_float, as_is_gold
 from lm_eval_lora_ensemble.metrics.choices import log_choice_probabilities
 from lm_eval_lora_ensemble.metrics.predictions import Predictions
 from lm_eval_lora_ensemble.metrics.temperature import FittedTemperature, fit_temperature_of_mixture
@@ -79,7 +79,7 @@ def _checked(log_p: FloatArray, gold: npt.ArrayLike) -> BoolArray:
     return is_gold
 
 
-def fit_temperature(log_p: FloatArray, gold: npt.ArrayLike) -> TemperatureScaling:
+def fit_temperature(log_p: npt.ArrayLike, gold: npt.ArrayLike) -> TemperatureScaling:
     """Fit the temperature of least mean negative log-likelihood.
 
     Args:
@@ -100,10 +100,11 @@ def fit_temperature(log_p: FloatArray, gold: npt.ArrayLike) -> TemperatureScalin
         >>> round(scaling.temperature, 3), np.exp(scaling(log_p[0])).round(3).tolist()  # ln 9 / ln 3
         (2.0, [0.75, 0.25])
     """
-    return _scaling(fit_temperature_of_mixture(log_p[None], _checked(log_p, gold)))
+    values = as_float(log_p, "log_p", 2)
+    return _scaling(fit_temperature_of_mixture(values[None], _checked(values, gold)))
 
 
-def fit_shared_temperature(log_p: FloatArray, gold: npt.ArrayLike) -> TemperatureScaling:
+def fit_shared_temperature(log_p: npt.ArrayLike, gold: npt.ArrayLike) -> TemperatureScaling:
     """Fit one temperature for all members that minimises the loss of their pool.
 
     Args:
@@ -123,14 +124,15 @@ def fit_shared_temperature(log_p: FloatArray, gold: npt.ArrayLike) -> Temperatur
         >>> round(metrics.fit_shared_temperature(log_p, gold).temperature, 3)  # ln 9 / ln 3
         2.0
     """
-    return _scaling(fit_temperature_of_mixture(log_p, _checked(log_p.max(axis=0), gold)))
+    values = as_float(log_p, "log_p", 3)
+    return _scaling(fit_temperature_of_mixture(values, _checked(values.max(axis=0), gold)))
 
 
 def _scaling(fitted: FittedTemperature) -> TemperatureScaling:
     return TemperatureScaling(fitted.temperature, fitted.at_limit)
 
 
-def fit_vector(log_p: FloatArray, gold: npt.ArrayLike) -> VectorScaling:
+def fit_vector(log_p: npt.ArrayLike, gold: npt.ArrayLike) -> VectorScaling:
     """Fit a slope and an offset for each choice position by L-BFGS.
 
     Args:
@@ -151,6 +153,7 @@ def fit_vector(log_p: FloatArray, gold: npt.ArrayLike) -> VectorScaling:
         >>> scaling.slope.shape, np.exp(scaling(log_p[0])).round(3).tolist()
         ((2,), [0.75, 0.25])
     """
+    log_p = as_float(log_p, "log_p", 2)
     if not np.isfinite(log_p).all():
         raise EnsembleError(
             "vector scaling needs the same choices, none of probability 0, in every document; use temperature"

@@ -76,8 +76,17 @@ def draw(method: str, adapters: str | Path, **settings: Any) -> Path:
     sources = read_sources(
         found, chosen, kept=asked.command.get("kept"), pretrained=asked.command["pretrained"]
     )
+    _refuse_inside(Path(asked.command["output"]).expanduser(), Path(adapters).expanduser())
     recipe = found.listed.recipe if found.listed else {}
     return Drawing(chosen, asked, each, sources, recipe).run()
+
+
+def _refuse_inside(output: Path, source: Path) -> None:
+    """Refuse to draw into the folder that is drawn from: it would no longer be what it is."""
+    if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
+        raise EnsembleError(
+            f"output={output} lies in {source}, which is drawn from; give a folder outside it"
+        )
 
 
 @dataclass(frozen=True)
@@ -162,10 +171,12 @@ class Drawing:
                 if self.path.is_dir()
                 else []
             )
-            if others or (self.path.exists() and not self.path.is_dir()):
+            if self.path.exists() and not self.path.is_dir():
+                raise EnsembleError(f"output={self.path} is a file; name a folder")
+            if others:
                 raise EnsembleError(
-                    f"{self.path} holds {others[0] if others else 'no folder'} but no {DRAWING}, so nothing was drawn "
-                    "into it; give another output="
+                    f"{self.path} holds {others[0]} but no {DRAWING}, so nothing was drawn into it; give another "
+                    "output="
                 )
             return
         was, now = read_json(path, _MAX_BYTES), _as_json(self.asked)

@@ -19,6 +19,7 @@ from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.report.command import require_libraries
 
 TASKS = ("quickstart_countries", "quickstart_invented")
+_FOLDERS = ("ensemble", "results", "report")
 _KIND = {"quickstart_countries": "in-domain", "quickstart_invented": "out-of-domain"}
 
 
@@ -34,7 +35,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Train, evaluate, print the table and say where everything is; return 0."""
     require_libraries()  # before minutes of work, not after
     console, start, output = Console(), time.monotonic(), arguments.output
-    ensemble, results, report = (output / name for name in ("ensemble", "results", "report"))
+    ensemble, results, report = (output / name for name in _FOLDERS)
+    _refuse_another(output)
     console.print("[bold]1/3[/] training members on questions about countries")
     _train(ensemble, arguments.members)
     trained = time.monotonic()
@@ -51,11 +53,23 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _refuse_another(output: Path) -> None:
+    """Refuse a folder in which there is anything that no quickstart wrote."""
+    if output.exists() and not output.is_dir():
+        raise EnsembleError(f"--output {output} is a file; name a folder")
+    names = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
+    others = [name for name in names if name not in _FOLDERS and not name.startswith(".")]
+    if others:
+        raise EnsembleError(
+            f"--output {output} holds {others[0]}, which no quickstart wrote; name a new folder"
+        )
+
+
 def _train(ensemble: Path, members: int | None) -> None:
     from lm_eval_lora_ensemble.train.recipe import Recipe
     from lm_eval_lora_ensemble.train.run import train_members
 
-    changes = [f"output={ensemble}"] + ([f"members={members}"] if members else [])
+    changes = [f"output={ensemble}"] + ([] if members is None else [f"members={members}"])
     train_members(Recipe.load("quickstart", changes))
 
 

@@ -37,6 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
     both = sorted(set(tasks) & set(ood))
     if both:
         raise EnsembleError(f"{', '.join(both)} cannot be both in --tasks and in --ood")
+    if arguments.limit is not None and not arguments.limit > 0:
+        raise EnsembleError(f"--limit {arguments.limit:g}: give a number above 0")
     plan = SweepPlan(
         adapters=str(arguments.ensemble),
         tasks=(*tasks, *ood),

@@ -15,6 +15,8 @@ from lm_eval_lora_ensemble.errors import EnsembleError
 
 FILE_NAME = "sweep.json"
 
+_LAST_EPOCH = 100_000  # a slip of the finger would fill the memory
+
 
 @dataclass(frozen=True)
 class SweepPlan:
@@ -99,6 +101,8 @@ class SweepPlan:
                     f"{output} holds a sweep with other {' and '.join(differing)}; name a new --output"
                 )
             fingerprints = {**fingerprints_before, **fingerprints}
+        elif output.exists() and not output.is_dir():
+            raise EnsembleError(f"--output {output} is a file; name a folder")
         # another process of this sweep may be writing sweep.json this very moment, under a hidden name
         elif output.is_dir() and any(not path.name.startswith(".") for path in output.iterdir()):
             raise EnsembleError(f"{output} holds other files; name a new or empty folder as --output")
@@ -116,11 +120,13 @@ def parse_epochs(text: str) -> list[int]:
         for part in text.split(","):
             first, _, last = part.partition("..")
             span = range(int(first), int(last or first) + 1)
-            if not span or span[0] < 0:
+            if not span or span[0] < 0 or span[-1] > _LAST_EPOCH:
                 raise ValueError(part)
             numbers.update(span)
     except ValueError as error:
-        raise EnsembleError(f"--epochs {text}: give epochs as 0..5 or 0,2,4 (0 is the prior)") from error
+        raise EnsembleError(
+            f"--epochs {text}: give epochs as 0..5 or 0,2,4 (0 is the prior), none above {_LAST_EPOCH:,}"
+        ) from error
     return sorted(numbers)
 
 
