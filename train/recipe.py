@@ -202,7 +202,7 @@ class Recipe:
     keep_snapshots: int | str = key(
         "epoch",
         interval(),
-        "Adapters kept on the way: after each epoch, or besides after every so many steps from swa_start on.",
+        "Adapters kept on the way: after each epoch, or besides after every N steps from swa_start on.",
     )
 
     batch_size: int = key(8, integer(1), "Documents of each member in a forward pass.", section="The data")

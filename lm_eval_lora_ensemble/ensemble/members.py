@@ -106,7 +106,7 @@ def find_ensemble(
             adapter (``org/name``, ``org/name@revision``), or a list of adapter folders and adapters' Hub ids (also as
             one string, separated by ``;``). Default ``./ensemble``.
         pretrained: the base model; read from the adapters when left out, so adapters that name none need it.
-        members: use only the first so many.
+        members: use only the first N.
         epoch: take this epoch's adapter of every member; 0 is the base model alone.
         allow_base_mismatch: accept adapters that name another base model than ``pretrained``.
 

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split", default="validation", help="validation or training (default: %(default)s); never test"
     )
-    parser.add_argument("--limit", type=int, help="only the first so many documents of each task")
+    parser.add_argument("--limit", type=int, help="only the first N documents of each task")
     add_scoring_arguments(parser)
 
 

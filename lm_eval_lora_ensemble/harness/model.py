@@ -80,7 +80,7 @@ class LoraEnsembleLM(HFLM):
         adapters: an ensemble folder, a folder of adapters, one adapter, a Hub id of an ensemble or an adapter
             (``org/name``, ``org/name@revision``), or a list of adapters (a string may separate them by ``;``).
             Default ``./ensemble``.
-        members: use only the first so many members.
+        members: use only the first N members.
         epoch: take this epoch's adapter of every member; 0 is the base model alone, the prior.
         average: ``probability`` (log-mean-exp of the members' sequence loglikelihoods: the Bayesian model
             average) or ``loglikelihood`` (their arithmetic mean: a log-opinion pool).

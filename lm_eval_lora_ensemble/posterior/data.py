@@ -75,7 +75,7 @@ class TaskData:
         source: whose one adapter is loaded.
         task: multiple-choice lm-eval task; several: ``A,B``.
         split: ``training`` or ``validation``; never the one that lm-eval evaluates.
-        limit: only the first so many documents of each task.
+        limit: only the first N documents of each task.
         num_fewshot: examples in front of each document; None is the task's own number.
         model_args: further arguments of the model, as lm-eval's: ``device``, ``dtype``, ``batch_size`` …
         include_path: a folder of further task YAMLs.

@@ -28,7 +28,7 @@ ENTRY_POINTS = "lm_eval_lora_ensemble.posteriors"
 COMMAND = {
     "draws": Option(None, "members to draw; 10, or all there are where a method has fewer", int, minimum=1),
     "draws_per_member": Option(
-        None, "of an ensemble of several: so many draws from each member, instead of `draws`", int, minimum=1
+        None, "of an ensemble of several: draws from each member, instead of `draws` in all", int, minimum=1
     ),
     "member": Option(None, "of an ensemble of several: draw from this one alone, from 0", int, minimum=0),
     "seed": Option(0, "of the draws"),
@@ -47,7 +47,7 @@ COMMAND_OF_SNAPSHOTS = {
 COMMAND_OF_TASKS = {
     "task": Option(None, "lm-eval task that the method fits on; required"),
     "split": Option("training", "of the task", choices=("training", "validation")),
-    "limit": Option(None, "only the first so many documents", int, minimum=1),
+    "limit": Option(None, "only the first N documents", int, minimum=1),
     "num_fewshot": Option(None, "examples in the context; the task's own number", int, minimum=0),
     "model_args": Option("", "`K=V,…`, further arguments of the model, as lm-eval's"),
     "include_path": Option(None, "a folder of further task YAMLs"),

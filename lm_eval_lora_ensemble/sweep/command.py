@@ -19,9 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--epochs", help="0..5 or 0,2,4; 0 is the base model alone (default: 0 and all that are kept)"
     )
-    parser.add_argument("--members", type=int, help="use only the first so many members")
+    parser.add_argument("--members", type=int, help="use only the first N members")
     parser.add_argument("--output", type=Path, default=Path("sweep"), help="folder to write (default: sweep)")
-    parser.add_argument("--limit", type=float, help="only so many documents (or this share) of each task")
+    parser.add_argument("--limit", type=float, help="only the first N documents (or this share) of each task")
     add_scoring_arguments(parser)
 
 

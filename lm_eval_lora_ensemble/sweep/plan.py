@@ -26,7 +26,7 @@ class SweepPlan:
         adapters: the ensemble folder.
         tasks: lm-eval tasks, in-domain ones first.
         ood: those of them that are out-of-domain.
-        members: use only the first so many; None for all.
+        members: use only the first N; None for all.
         num_fewshot: as lm-eval's; None for the tasks' own.
         limit: documents of each task; None for all.
         model_args: further arguments of the backend, such as ``dtype``.

@@ -52,7 +52,7 @@ class DropoutPosterior(Posterior):
 
 @method(
     name="dropout",
-    title="one fixed dropout mask a member and layer",
+    title="one fixed dropout mask per member and layer",
     needs="adapter",
     source="arXiv 1506.02142",
     options={

@@ -13,7 +13,7 @@ from lm_eval_lora_ensemble.posterior.moments import last_of, mean_of
 from lm_eval_lora_ensemble.posterior.options import Option
 from lm_eval_lora_ensemble.posterior.registry import method
 
-LAST = Option(None, "use only the last so many snapshots; all", int, minimum=2)
+LAST = Option(None, "use only the last N snapshots; all of them by default", int, minimum=2)
 
 
 class MeanPosterior(ListedPosterior):
