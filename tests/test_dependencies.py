@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.metadata
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -47,8 +49,13 @@ def modules() -> list[Path]:
     return files
 
 
+@functools.cache
+def by_import_name() -> Mapping[str, list[str]]:
+    return importlib.metadata.packages_distributions()  # reads every file list: a quarter of a second
+
+
 def distributions_of(names: set[str]) -> set[str]:
-    by_import = importlib.metadata.packages_distributions()
+    by_import = by_import_name()
     return {by_import[name][0].lower().replace("_", "-") for name in names}
 
 
