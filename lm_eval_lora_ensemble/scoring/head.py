@@ -98,11 +98,11 @@ class Head:
             block = slice(start, stop)
             log_probs = self.log_probs(hidden[block])
             best, token = top_of(log_probs)
-            top[block], top_token[block] = best.cpu(), token.cpu()
+            top[block], top_token[block] = best.cpu().numpy(), token.cpu().numpy()
             pairs = np.flatnonzero((position >= block.start) & (position < block.stop))
             here = torch.from_numpy(position[pairs] - start).to(log_probs.device)
             chosen = log_probs[here, torch.from_numpy(target[pairs]).to(log_probs.device)]
-            of_targets[pairs] = chosen.cpu()
+            of_targets[pairs] = chosen.cpu().numpy()
         return PositionLogProbs(of_targets, top_token, top)
 
 
