@@ -115,6 +115,34 @@ def test_plain_products_and_the_kernel_agree(kind, dtype):
     assert sums.dtype == torch.float32
 
 
+@pytest.mark.parametrize("grouping", [True, False])
+def test_a_kernel_that_takes_a_key_head_for_each_head_gets_one(grouping, monkeypatch):
+    """That of older torch, seen in 2.6, which reads behind the last key head where there are fewer."""
+    real = attention._kernel
+    asked = []
+
+    def kernel(query, key, value, scale, **how):
+        asked.append(query.shape[1] // key.shape[1])
+        if not grouping and query.shape[1] != key.shape[1]:  # as the older one: head h reads key head h
+            wide = [torch.as_strided(x, (1, query.shape[1], *x.shape[2:]), x.stride()) for x in (key, value)]
+            return real(query, *wide, scale, **how)
+        return real(query, key, value, scale, **how)
+
+    monkeypatch.setattr(attention, "_kernel", kernel)
+    attention._kernel_groups_heads.cache_clear()
+    assert attention._kernel_groups_heads() == grouping
+    torch.manual_seed(2)
+    query, key, value = (torch.randn(1, heads, 12, 16) for heads in (6, 2, 2))
+    for causal in (True, False):
+        (one, sums), (other, other_sums) = (
+            f(query, key, value, 0.25, causal=causal) for f in (attend, attend_by_products)
+        )
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(sums, other_sums, atol=1e-5, rtol=0)
+    assert asked[1:] == [3 if grouping else 1] * 2
+    attention._kernel_groups_heads.cache_clear()
+
+
 def test_an_attention_that_asks_for_more_is_refused():
     row, _ = row_of([[1, 2]])
     tensors = [torch.zeros(1, 1, 2, 4)] * 3
