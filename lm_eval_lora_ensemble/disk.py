@@ -213,6 +213,20 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
+def refuse_file(output: Path, said: str) -> None:
+    """Refuse an output folder that is something else.
+
+    Args:
+        output: what is to be a folder; it need not be there yet.
+        said: how it was given: ``output=place``, ``--output place``.
+
+    Raises:
+        EnsembleError: it is no folder.
+    """
+    if output.exists() and not output.is_dir():
+        raise EnsembleError(f"{said} is a file; name a folder")
+
+
 @contextlib.contextmanager
 def all_or_nothing(folder: Path, lock: str) -> Iterator[Path]:
     """Give a hidden folder to fill; what is in it at the end appears in ``folder``, unless an error is raised.

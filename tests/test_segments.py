@@ -118,17 +118,17 @@ def test_plain_products_and_the_kernel_agree(kind, dtype):
 @pytest.mark.parametrize("grouping", [True, False])
 def test_a_kernel_that_takes_a_key_head_for_each_head_gets_one(grouping, monkeypatch):
     """That of older torch, seen in 2.6, which reads behind the last key head where there are fewer."""
-    real = attention._kernel
+    real = attention._KERNEL
     asked = []
 
-    def kernel(query, key, value, scale, **how):
+    def kernel(query, key, value, *how, **named):
         asked.append(query.shape[1] // key.shape[1])
         if not grouping and query.shape[1] != key.shape[1]:  # as the older one: head h reads key head h
             wide = [torch.as_strided(x, (1, query.shape[1], *x.shape[2:]), x.stride()) for x in (key, value)]
-            return real(query, *wide, scale, **how)
-        return real(query, key, value, scale, **how)
+            return real(query, *wide, *how, **named)
+        return real(query, key, value, *how, **named)
 
-    monkeypatch.setattr(attention, "_kernel", kernel)
+    monkeypatch.setattr(attention, "_KERNEL", kernel)
     attention._kernel_groups_heads.cache_clear()
     assert attention._kernel_groups_heads() == grouping
     torch.manual_seed(2)

@@ -26,7 +26,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from lm_eval_lora_ensemble.disk import copy_file, write_text, writing
+from lm_eval_lora_ensemble.disk import copy_file, refuse_file, write_text, writing
 from lm_eval_lora_ensemble.ensemble.calibration import Calibration
 from lm_eval_lora_ensemble.ensemble.manifest import Manifest, MemberEntry
 from lm_eval_lora_ensemble.ensemble.writer import EnsembleWriter, member_name
@@ -62,8 +62,7 @@ class EnsembleFolder(EnsembleWriter):
 
     def check_recipe(self) -> None:
         """Refuse a folder that another recipe wrote, that another release began, or that something else fills."""
-        if self.path.exists() and not self.path.is_dir():
-            raise EnsembleError(f"output={self.path} is a file; name a folder")
+        refuse_file(self.path, f"output={self.path}")
         self._check_release()
         path = self.path / recipes.FILE_NAME
         if not path.is_file():

@@ -57,7 +57,7 @@ class NumberTarget:
     Attributes:
         by_place: the gold choice, −1 where there is no such place.
         by_text: the gold choice, −1 where no choice, or more than one, has that text.
-        place_fits: whether the logged accuracies allow the first.
+        place_fits: whether the logged accuracies allow the first; asked only where there is the second.
         text_fits: whether they allow the second.
     """
 
@@ -75,6 +75,8 @@ def number_target(sample: Mapping[str, Any], scores: FloatArray) -> NumberTarget
     place = int(target) if int(target) < c else -1
     texts = _texts(sample, c)
     text = texts.index(target) if texts.count(target) == 1 else -1
+    if text < 0:  # as in nearly every file; what accuracies say of a place alone is asked with the golds
+        return NumberTarget(place, text, place >= 0, text_fits=False)
     return NumberTarget(
         place, text, *(gold >= 0 and _allowed(sample, gold, scores) for gold in (place, text))
     )

@@ -127,7 +127,7 @@ class Run:
     def arguments(self) -> Mapping[str, Any]:
         """The model's arguments, as a mapping also where one string was kept of them; empty if unknown."""
         given = self.config.get("model_args")
-        if isinstance(given, str):  # of simple_evaluate, and of older releases' command
+        if isinstance(given, str):  # of simple_evaluate, and of older releases' command (seen in 0.4.4)
             return dict(word.split("=", 1) for word in given.split(",") if "=" in word)
         return given if isinstance(given, Mapping) else {}
 

@@ -114,49 +114,25 @@ def _warn_of_results_alone(place: Path, runs: Collection[tuple[Path, str]]) -> N
             logger.warning("left out: %s has no samples beside it; they take --log_samples", file)
 
 
+Scores = ChoiceScores | StringScores | AnswerScores
+
+
 def _read_run(folder: Path, date: str, files: Mapping[str, Path], asked: Path) -> Run:
     results = _results_beside(folder, date)
-    configs = _task_configs(results)
-    scores: dict[str, ChoiceScores] = {}
-    strings: dict[str, StringScores] = {}
-    answers: dict[str, AnswerScores] = {}
-    skipped: dict[str, str] = {}
-    for task, file in sorted(files.items()):
-        read = read_task(
-            file,
-            task,
-            of_ensemble="lora_ensemble" in (results.get("config") or {}),
-            own_scoring=bool(configs.get(task, {}).get("process_results")),
-            lower_is_better=[
-                metric for metric, higher in _of_task(results, "higher_is_better", task) if not higher
-            ],
-        )
-        _warn_if_cut(results, task, file, read)
-        if isinstance(read, str):
-            skipped[task] = read
-        elif isinstance(read, StringScores):
-            strings[task] = read
-            skipped[task] = (
-                "its documents are whole strings without choices; lora-ensemble analyse has its values"
-            )
-        elif isinstance(read, AnswerScores):
-            answers[task] = read
-            skipped[task] = "its documents are generated texts without choices; they have tables of their own"
-        else:
-            scores[task] = read
-    if not scores and not strings and not answers:
+    every, skipped = _read_tasks(results, files)
+    if not every:
         task, reason = next(iter(skipped.items()))
         raise NothingToAnalyseError(
             f"{folder}, {date or 'undated'}: no task can be analysed: {task}: {reason}"
         )
-    every: dict[str, ChoiceScores | StringScores | AnswerScores] = {**scores, **strings, **answers}
     sizes = {task: of_task.n_members for task, of_task in every.items()}
     if len(set(sizes.values())) > 1:
         raise EnsembleError(
             f"{folder}: tasks of one run have different numbers of members ({sizes}); "
             "samples files of two ensembles were mixed"
         )
-    groups, partial = _groups(results.get("group_subtasks") or {}, set(scores), {*strings, *answers})
+    scores = {task: read for task, read in every.items() if isinstance(read, ChoiceScores)}
+    groups, partial = _groups(results.get("group_subtasks") or {}, set(scores), every.keys() - scores.keys())
     if asked.suffix != ".jsonl":  # one samples file was asked for, not what is beside it
         skipped.update(partial)
     config = results.get("config")
@@ -171,18 +147,48 @@ def _read_run(folder: Path, date: str, files: Mapping[str, Path], asked: Path) -
         {task: str(files[task]) for task in every},
         _seconds(results),
         scores,
-        strings=strings,
-        answers=answers,
-        task_configs=configs,
+        strings={task: read for task, read in every.items() if isinstance(read, StringScores)},
+        answers={task: read for task, read in every.items() if isinstance(read, AnswerScores)},
+        task_configs=_task_configs(results),
         protocols={task: _protocol(results, task) for task in every},
     )
 
 
-def _of_task(results: Mapping[str, Any], key: str, task: str) -> list[tuple[str, Any]]:
-    """Return the entries of a task's table under ``key`` of a results file, as far as there is one."""
+def _read_tasks(
+    results: Mapping[str, Any], files: Mapping[str, Path]
+) -> tuple[dict[str, Scores], dict[str, str]]:
+    """Return what each samples file has, and why tasks are in no table of choices."""
+    configs = _task_configs(results)
+    every: dict[str, Scores] = {}
+    skipped: dict[str, str] = {}
+    for task, file in sorted(files.items()):
+        directions = _of_task(results, "higher_is_better", task)
+        read = read_task(
+            file,
+            task,
+            of_ensemble="lora_ensemble" in (results.get("config") or {}),
+            own_scoring=bool(configs.get(task, {}).get("process_results")),
+            lower_is_better=[metric for metric, higher in directions.items() if not higher],
+        )
+        if isinstance(read, str):
+            skipped[task] = read
+            continue
+        every[task] = read
+        _warn_if_cut(results, task, file, read)
+        if isinstance(read, StringScores):
+            skipped[task] = (
+                "its documents are whole strings without choices; lora-ensemble analyse has its values"
+            )
+        elif isinstance(read, AnswerScores):
+            skipped[task] = "its documents are generated texts without choices; they have tables of their own"
+    return every, skipped
+
+
+def _of_task(results: Mapping[str, Any], key: str, task: str) -> dict[str, Any]:
+    """Return a task's table under ``key`` of a results file; empty if there is none."""
     tables = results.get(key)
     table = tables.get(task) if isinstance(tables, dict) else None
-    return list(table.items()) if isinstance(table, dict) else []
+    return table if isinstance(table, dict) else {}
 
 
 def _protocol(results: Mapping[str, Any], task: str) -> dict[str, Any]:
@@ -191,17 +197,13 @@ def _protocol(results: Mapping[str, Any], task: str) -> dict[str, Any]:
     return {name: table.get(task) for name, table in tables.items() if isinstance(table, dict)}
 
 
-def _warn_if_cut(
-    results: Mapping[str, Any], task: str, file: Path, read: ChoiceScores | StringScores | AnswerScores | str
-) -> None:
+def _warn_if_cut(results: Mapping[str, Any], task: str, file: Path, read: Scores) -> None:
     """Warn of a samples file with fewer documents than the results file says were evaluated.
 
-    It is no error: before release 0.4.13 lm-eval counted all documents where ``--samples`` had chosen some.
+    It is no error: older lm-eval (seen in 0.4.9) counts all documents where ``--samples`` has chosen some.
     """
-    if isinstance(read, str):
-        return
     found = read.n_documents + (read.left_out if isinstance(read, AnswerScores) else 0)
-    evaluated = dict(_of_task(results, "n-samples", task)).get("effective")
+    evaluated = _of_task(results, "n-samples", task).get("effective")
     if isinstance(evaluated, int) and found < evaluated:
         logger.warning(
             "%s has %d documents, and the results file says that %d were evaluated: unless --samples chose them, the "

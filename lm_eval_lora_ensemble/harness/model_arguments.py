@@ -16,7 +16,7 @@ from lm_eval_lora_ensemble.scoring.loglikelihood import AVERAGES
 _CHOICES = {"average": AVERAGES, "generation_average": GENERATION_AVERAGES}
 _COUNTS = ("members", "epoch")
 _FLAGS = ("uncertainty_metrics", "allow_base_mismatch")
-_ELSEWHERE = {"peft": "adapters", "delta": "adapters"}
+_INSTEAD_OF_ADAPTERS = ("peft", "delta")
 # what is not ours goes to transformers, which takes many more names than lm-eval lists
 _ALIKE = 0.85
 
@@ -31,9 +31,9 @@ def check_arguments(own: Mapping[str, Any], others: Mapping[str, Any]) -> None:
     Raises:
         EnsembleError: a value of another kind, or a name that is nearly one of ours or lm-eval's.
     """
-    for name, instead in _ELSEWHERE.items():
+    for name in _INSTEAD_OF_ADAPTERS:
         if others.get(name):
-            raise EnsembleError(f"{name}= does not go with lora-ensemble; name adapters with {instead}=")
+            raise EnsembleError(f"{name}= does not go with lora-ensemble; name adapters with adapters=")
     for name, options in _CHOICES.items():
         if own[name] not in options:
             raise EnsembleError(f"{name}={own[name]}: use one of {', '.join(options)}")
@@ -47,7 +47,7 @@ def check_arguments(own: Mapping[str, Any], others: Mapping[str, Any]) -> None:
     _check_batch_size(others.get("batch_size", 1))
     _check_device(others.get("device"))
     known = {*own, "adapters", *inspect.signature(HFLM.__init__).parameters} - {"self", "kwargs"}
-    for name in others.keys() - known - _ELSEWHERE.keys():
+    for name in others.keys() - known:
         meant = nearest(name, known, cutoff=_ALIKE)
         if meant is not None:
             raise EnsembleError(f"there is no argument {name}; did you mean {meant}?")

@@ -72,13 +72,12 @@ def error_statistics(scores: Mapping[str, FloatArray], correct: npt.NDArray[np.b
         correct: bool (D,).
 
     Returns:
-        Of weights (R, D): ``accuracy``, and ``{score}/auroc``, ``{score}/aurc`` and ``{score}/prr`` for each score.
+        Of weights (R, D): ``{score}/auroc``, ``{score}/aurc`` and ``{score}/prr`` for each score.
     """
     rankings = {name: Ranking(values, ~correct) for name, values in scores.items()}
-    right = correct.astype(np.float64)
 
     def statistics(weights: FloatArray) -> dict[str, FloatArray]:
-        found: dict[str, FloatArray] = {"accuracy": weights @ right / weights.sum(axis=1)}
+        found: dict[str, FloatArray] = {}
         for name, ranking in rankings.items():
             runs = ranking.runs(weights)
             found[f"{name}/auroc"] = runs.auroc()

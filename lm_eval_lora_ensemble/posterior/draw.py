@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from lm_eval_lora_ensemble.disk import read_json, sha256, write_json, writing
+from lm_eval_lora_ensemble.disk import read_json, refuse_file, sha256, write_json, writing
 from lm_eval_lora_ensemble.ensemble import manifest
 from lm_eval_lora_ensemble.ensemble.adapters.folder import CONFIG, WEIGHTS, check_adapter
 from lm_eval_lora_ensemble.ensemble.manifest import Manifest, MemberEntry, Provenance
@@ -171,8 +171,7 @@ class Drawing:
                 if self.path.is_dir()
                 else []
             )
-            if self.path.exists() and not self.path.is_dir():
-                raise EnsembleError(f"output={self.path} is a file; name a folder")
+            refuse_file(self.path, f"output={self.path}")
             if others:
                 raise EnsembleError(
                     f"{self.path} holds {others[0]} but no {DRAWING}, so nothing was drawn into it; give another "

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from lm_eval_lora_ensemble.disk import refuse_file
 from lm_eval_lora_ensemble.errors import EnsembleError
 from lm_eval_lora_ensemble.report.command import require_libraries
 
@@ -55,8 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _refuse_another(output: Path) -> None:
     """Refuse a folder in which there is anything that no quickstart wrote."""
-    if output.exists() and not output.is_dir():
-        raise EnsembleError(f"--output {output} is a file; name a folder")
+    refuse_file(output, f"--output {output}")
     names = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
     others = [name for name in names if name not in _FOLDERS and not name.startswith(".")]
     if others:

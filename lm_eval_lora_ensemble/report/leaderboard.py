@@ -11,7 +11,7 @@ import numpy as np
 from lm_eval_lora_ensemble.analysis.evaluation import macro_mean
 from lm_eval_lora_ensemble.analysis.replicates import student_interval, welch_interval
 from lm_eval_lora_ensemble.analysis.result import Settings
-from lm_eval_lora_ensemble.analysis.run import other_protocols
+from lm_eval_lora_ensemble.analysis.run import Run, other_protocols
 from lm_eval_lora_ensemble.metrics.battery import Battery
 from lm_eval_lora_ensemble.metrics.bootstrap import Bootstrapped, Estimate, ResamplingPlan, bootstrap, mean_of
 from lm_eval_lora_ensemble.metrics.predictions import Predictions, same_documents
@@ -189,17 +189,15 @@ def leaderboard(
             documents=(min(sizes), max(sizes)),
             rows=rows,
             gains=_gains(entries, name, drawn) if top else {},
-            notes=[
-                *(
-                    []
-                    if comparable
-                    else [f"{name}: the runs answered different documents; no value is marked best"]
-                ),
-                *dict.fromkeys(
-                    filter(None, (other_protocols(having[0][1].run, e.run, name) for _, e in having[1:]))
-                ),
-            ],
+            notes=_notes(name, [entry.run for _, entry in having], comparable=comparable),
         )
+
+
+def _notes(name: str, runs: Sequence[Run], *, comparable: bool) -> list[str]:
+    """Say what keeps the runs' rows from meaning the same."""
+    notes = [] if comparable else [f"{name}: the runs answered different documents; no value is marked best"]
+    asked = dict.fromkeys(other_protocols(runs[0], run, name) for run in runs[1:])
+    return [*notes, *filter(None, asked)]
 
 
 def _draw(index: int, entry: Entry, name: str, settings: Settings) -> list[_Drawn]:

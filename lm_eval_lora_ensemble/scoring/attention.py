@@ -207,30 +207,16 @@ def attend(
     Returns:
         Outputs [1, heads, Q, d'], and float32 [1, heads, Q] log-sum-exps in nats.
     """
-    if query.device.type == "cpu" and query.shape[-1] == value.shape[-1] and _HAS_CPU_KERNEL:
+    if query.device.type == "cpu" and query.shape[-1] == value.shape[-1] and _KERNEL is not None:
         if (groups := query.shape[1] // key.shape[1]) > 1 and not _kernel_groups_heads():
             key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-        return _kernel(query, key, value, scale, causal=causal, mask=mask)
+        found: Attended = _KERNEL(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
+        return found
     return attend_by_products(query, key, value, scale, causal=causal, mask=mask)
 
 
-_HAS_CPU_KERNEL = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
-
-
-def _kernel(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scale: float,
-    *,
-    causal: bool = False,
-    mask: torch.Tensor | None = None,
-) -> Attended:
-    """Call torch's own kernel of scaled_dot_product_attention on CPUs, which would not return the log-sum-exp."""
-    found: Attended = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, causal, attn_mask=mask, scale=scale
-    )
-    return found
+_KERNEL: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+"""torch's own kernel of scaled_dot_product_attention on CPUs, which would not return the log-sum-exp."""
 
 
 @functools.cache
@@ -241,7 +227,7 @@ def _kernel_groups_heads() -> bool:
     """
     places = torch.linspace(-2, 2, 4 * 3 * 8).view(1, 4, 3, 8)
     query, key = places.flip(1), places[:, :2]
-    found, _ = _kernel(query, key, key, 1.0)
+    found, _ = _KERNEL(query, key, key, 0.0, False, scale=1.0)
     expected, _ = attend_by_products(query, key, key, 1.0)
     return torch.allclose(found, expected, atol=1e-4)
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lm_eval_lora_ensemble.disk import write_json
+from lm_eval_lora_ensemble.disk import refuse_file, write_json
 from lm_eval_lora_ensemble.ensemble import manifest
 from lm_eval_lora_ensemble.ensemble.members import Ensemble, find_ensemble
 from lm_eval_lora_ensemble.errors import EnsembleError
@@ -81,6 +81,7 @@ class SweepPlan:
         settings = json.loads(json.dumps(asdict(self)))
         fingerprints = {str(epoch): ensemble.fingerprint for epoch, ensemble in ensembles.items()}
         file = output / FILE_NAME
+        refuse_file(output, f"--output {output}")
         if file.is_file():
             try:
                 written = json.loads(file.read_text(encoding="utf-8"))
@@ -101,8 +102,6 @@ class SweepPlan:
                     f"{output} holds a sweep with other {' and '.join(differing)}; name a new --output"
                 )
             fingerprints = {**fingerprints_before, **fingerprints}
-        elif output.exists() and not output.is_dir():
-            raise EnsembleError(f"--output {output} is a file; name a folder")
         # another process of this sweep may be writing sweep.json this very moment, under a hidden name
         elif output.is_dir() and any(not path.name.startswith(".") for path in output.iterdir()):
             raise EnsembleError(f"{output} holds other files; name a new or empty folder as --output")

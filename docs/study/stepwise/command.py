@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from lm_eval_lora_ensemble.analysis.result import Settings
-from lm_eval_lora_ensemble.disk import write_text
+from lm_eval_lora_ensemble.disk import refuse_file, write_text
 from lm_eval_lora_ensemble.errors import (
     EXIT_CODE,
     INTERRUPTED_EXIT_CODE,
@@ -97,8 +97,7 @@ def main(script: Script[S, T], arguments: argparse.Namespace) -> None:
         raise EnsembleError(
             f"--publish: {script.page.name} has results of the default sizes, as far as they are done; give no other"
         )
-    if output.exists() and not output.is_dir():
-        raise EnsembleError(f"--output {output} is a file; name a folder")
+    refuse_file(output, f"--output {output}")
     if arguments.jobs < 1:
         raise EnsembleError(f"--jobs {arguments.jobs}: give at least one step at a time")
     if arguments.jobs > 1 and torch.cuda.is_available():
